@@ -1,0 +1,54 @@
+"""The pages of the site before rendering.
+
+    python .ci/site.py          process the notebooks into _proc/, as nbdev_docs does, for `quarto render _proc`
+    python .ci/site.py FOLDER   and copy _proc to FOLDER for `smalldocs render FOLDER`
+
+Nothing is installed or rendered here. Quarto writes a page where its `output-file` says (nbs/00_core.ipynb becomes
+core.html, and the links between functions count on that); smalldocs names a page after its notebook, so its copy has
+the notebooks renamed and the links to them changed.
+"""
+import json, re, shutil, sys
+from pathlib import Path
+
+from nbdev.config import get_config
+from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+from nbdev.serve import proc_nbs
+
+def process():
+    "Write nbdev.yml and sidebar.yml, and the processed notebooks; return their folder."
+    refresh_quarto_yml()
+    nbdev_sidebar.__wrapped__()
+    cache = proc_nbs(n_workers=2, force=True)
+    unprocessed = [p for p in names(get_config().nbs_path) if not (cache/p).exists()]
+    if unprocessed: sys.exit(f"not processed: {', '.join(map(str, unprocessed))}")
+    return cache
+
+def names(folder):
+    "The notebooks in a folder, without hidden ones, relative to it."
+    found = (p.relative_to(folder) for p in sorted(Path(folder).rglob("*.ipynb")))
+    return [p for p in found if not any(part[0] in "._" for part in p.parts)]
+
+def page_name(name):
+    "The notebook's name after its page: without the number in front, as nbdev names pages."
+    return re.sub(r"^\d+[a-zA-Z0-9]*_", "", name.lower())
+
+def renamed_links(text, known):
+    "The text with the links to the notebooks in `known` (file names) changed to their new names."
+    return re.sub(r"[\w.-]+\.ipynb", lambda m: page_name(m[0]) if m[0] in known else m[0], text)
+
+def stage(cache, folder):
+    "A copy of the processed notebooks for a renderer that names pages after notebooks."
+    shutil.copytree(cache, folder, ignore=shutil.ignore_patterns("_docs", ".quarto"))
+    notebooks = names(folder)
+    known = {p.name for p in notebooks}
+    for path in notebooks:
+        nb = json.loads((folder/path).read_text(encoding="utf-8"))
+        for cell in nb["cells"]:
+            if cell["cell_type"] == "markdown": cell["source"] = renamed_links("".join(cell["source"]), known)
+        (folder/path).unlink()
+        (folder/path).with_name(page_name(path.name)).write_text(json.dumps(nb), encoding="utf-8")
+    for path in folder.glob("*.yml"): path.write_text(renamed_links(path.read_text(encoding="utf-8"), known), encoding="utf-8")
+
+if __name__ == "__main__":
+    cache = process()
+    if len(sys.argv) > 1: stage(cache, Path(sys.argv[1]))
