@@ -32,14 +32,14 @@ def is_utf8(text # str or bytes
     except UnicodeError: return False
     return True
 
-# %% ../nbs/00_reading.ipynb #3427dd19
+# %% ../nbs/00_reading.ipynb #7719f3e9
 def json_fault(line:bytes,  # one line
                column:str   # the column it must hold, dots go down into objects
               ) -> str:
     "What is wrong with a line of a JSONL file; an empty text where nothing is."
     if not is_utf8(line): return "not valid UTF-8; save the file as UTF-8"
     try: value = row = json.loads(line.decode("utf-8-sig"))
-    except json.JSONDecodeError as e: return f"not JSON ({e.msg} at position {e.colno})"
+    except json.JSONDecodeError as e: return f"not JSON ({e.msg.removesuffix(' at')} at position {e.colno})"
     for key in column.split("."):
         if not isinstance(value, dict): return f"not a JSON object with {column!r}"
         if key not in value: return f"no column {column!r}; there is {', '.join(value) or 'none'}"
@@ -129,7 +129,7 @@ def dataset_rows(dataset,      # a datasets.Dataset
     for table in dataset.select_columns(tops).with_format("arrow").iter(batch_size=1000):
         yield from zip(*(column_values(table, c, where) for c in columns))
 
-# %% ../nbs/00_reading.ipynb #1526afd2
+# %% ../nbs/00_reading.ipynb #e500c187
 @contextlib.contextmanager
 def faults_in(paths, column:str, where:str):
     "Turn a failure of `datasets` inside the block into a `UserError` that names file and line."
@@ -137,9 +137,10 @@ def faults_in(paths, column:str, where:str):
     except UserError: raise
     except Exception as e:
         for path in paths: find_fault(path, column)
-        empty = not any(line.strip() for path in paths if file_kind(path) != "parquet" for _, line in raw_lines(path))
+        texts = [path for path in paths if file_kind(path) != "parquet"]
+        empty = texts and not any(line.strip() for path in texts for _, line in raw_lines(path))
         if empty or "corresponds to no data" in str(e): raise UserError(f"{where}:1: there are no rows in it") from e
-        raise UserError(f"{where}: cannot be read ({str(e.__cause__ or e).splitlines()[0]})") from e
+        raise UserError(f"{where}: the file cannot be read ({str(e.__cause__ or e).splitlines()[0]})") from e
 
 # %% ../nbs/00_reading.ipynb #65ab4075
 def checked_rows(dataset,      # a datasets.Dataset
