@@ -18,7 +18,8 @@ def process():
     "Write nbdev.yml and sidebar.yml, and the processed notebooks; return their folder."
     refresh_quarto_yml()
     nbdev_sidebar.__wrapped__()
-    cache = proc_nbs(n_workers=2, force=True)
+    try: cache = proc_nbs(n_workers=2, force=True)
+    except Exception as e: sys.exit(f"{e}\nThe pages are made from the exported cells and the cells with imports alone: such a cell holds nothing else.")
     unprocessed = [p for p in names(get_config().nbs_path) if not (cache/p).exists()]
     if unprocessed: sys.exit(f"not processed: {', '.join(map(str, unprocessed))}")
     return cache
@@ -44,7 +45,9 @@ def stage(cache, folder):
     for path in notebooks:
         nb = json.loads((folder/path).read_text(encoding="utf-8"))
         for cell in nb["cells"]:
-            if cell["cell_type"] == "markdown": cell["source"] = renamed_links("".join(cell["source"]), known)
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "markdown": cell["source"] = renamed_links(source, known)
+            if cell["cell_type"] == "raw": cell["source"] = re.sub(r"^output-file:.*\n", "", source, flags=re.M)
         (folder/path).unlink()
         (folder/path).with_name(page_name(path.name)).write_text(json.dumps(nb), encoding="utf-8")
     for path in folder.glob("*.yml"): path.write_text(renamed_links(path.read_text(encoding="utf-8"), known), encoding="utf-8")

@@ -205,26 +205,23 @@ def acting(layer:nn.Module, leaf:str) -> torch.Tensor:
         for adapter in layer.active_adapters: value = value + layer.get_delta_weight(adapter)
     return value
 
-# %% ../nbs/04_generation.ipynb #322e2bb7
+# %% ../nbs/04_generation.ipynb #887f24cd
 class SamplingCopy:
     "A copy of the policy in another number format, packed on CPU, refreshed in place."
     def __init__(self, policy, dtype:torch.dtype):
         plain = copy.deepcopy(policy)
         if hasattr(plain, "merge_and_unload"): plain = plain.merge_and_unload()
-        self.model, self.seen = plain.to(dtype).requires_grad_(False).eval(), None
+        self.model = plain.to(dtype).requires_grad_(False).eval()
         if self.model.device.type == "cpu" and torch.backends.mkldnn.is_available(): pack_linears(self.model)
 
     @torch.no_grad()
     def refresh(self, policy):
-        "Take over the policy's weights, unless they have not changed since the last time."
-        seen = [p._version for p in policy.parameters()]
-        if seen == self.seen: return self.model
+        "Take over the policy's weights as they are now."
         base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         for path, layer in self.model.named_modules():
             source = base.get_submodule(path)
             if isinstance(layer, PackedLinear): layer.set_weight(acting(source, "weight").to(self.model.dtype))
             for leaf, p in layer.named_parameters(recurse=False): p.copy_(acting(source, leaf))
-        self.seen = seen
         return self.model
 
 # %% ../nbs/04_generation.ipynb #1d78db3e
@@ -248,19 +245,19 @@ class Completion:
     stop: str                         # `eos`, `turn` or `length`
     logprobs: list[float]|None = None # of `ids` under the policy, when asked for
 
-# %% ../nbs/04_generation.ipynb #c6fd2500
+# %% ../nbs/04_generation.ipynb #9b7959ff
 class StopRule:
     "Decides from a row's ids whether it has ended; made once for a tokenizer and a prompt format."
-    def __init__(self, tokenizer, format, eos_ids=None):
+    def __init__(self, tokenizer, format, eos_ids=()):
         self.tokenizer, self.format = tokenizer, format
-        self.eos = set(eos_ids or [tokenizer.eos_token_id])
-        ends = {tag[-1] for tag in format.tags}
+        self.eos, self.opens = {*format.end_ids(tokenizer), *eos_ids}, set(format.turn_ids(tokenizer))
         pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        self.may_turn = {i for i, piece in enumerate(pieces) if piece and any(e in piece for e in ends)}
+        self.may_turn = {i for i, piece in enumerate(pieces) if piece and format.may_stop(piece)}
 
     def __call__(self, ids:list[int]) -> str:
         "`eos`, `turn`, or an empty text while the row goes on."
         if ids[-1] in self.eos: return "eos"
+        if ids[-1] in self.opens: return "turn"
         return "turn" if ids[-1] in self.may_turn and self.format.find_stop(self.tokenizer.decode(ids)) is not None else ""
 
     def complete(self, ids:list[int], stop:str, logprobs=None) -> Completion:
@@ -271,6 +268,7 @@ class StopRule:
 
     def before_turn(self, ids:list[int]) -> list[int]:
         "The ids that the text before the new turn is made of."
+        if ids[-1] in self.opens: return ids[:-1]
         text = self.tokenizer.decode(ids)
         kept = text[:self.format.find_stop(text)].rstrip()
         return next((ids[:n] for n in range(len(ids)) if len(self.tokenizer.decode(ids[:n]).rstrip()) >= len(kept)), ids)
@@ -402,7 +400,7 @@ class BatchSize:
             self.grow()
         return done
 
-# %% ../nbs/04_generation.ipynb #1833b2ff
+# %% ../nbs/04_generation.ipynb #11fe9a57
 class Sampler:
     "Samples completions from a policy that is in training: `sampler(prompts, seed, step)`."
     def __init__(self, policy, tokenizer, format, config:SamplingConfig,
@@ -410,9 +408,9 @@ class Sampler:
                  dtype:str="auto"):     # number format: `auto`, `policy`, or one by name
         self.policy, self.tokenizer, self.format, self.config = policy, tokenizer, format, config
         generation = getattr(policy, "generation_config", None)
-        eos = getattr(generation, "eos_token_id", None) or []
-        eos = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
-        self.rule, self.batches = StopRule(tokenizer, format, eos - {None}), BatchSize(batch_size, "sampling")
+        eos = getattr(generation, "eos_token_id", None)
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        self.rule, self.batches = StopRule(tokenizer, format, eos), BatchSize(batch_size, "sampling")
         dtype = sampling_dtype(dtype, policy)
         self.copy = SamplingCopy(policy, dtype) if dtype != policy.dtype else None
 

@@ -107,10 +107,12 @@ def test_a_copy_for_smalldocs_has_pages_under_their_public_names(tmp_path):
     cache, out = tmp_path/"_proc", tmp_path/"out"
     (cache/"experiments").mkdir(parents=True)
     cells = [{"cell_type": "markdown", "source": "[core](../00_core.ipynb#opt) [other](https://x.example/77_other.ipynb)"}]
-    (cache/"00_core.ipynb").write_text(json.dumps({"cells": []}))
+    front = {"cell_type": "raw", "source": "---\noutput-file: core.html\ntitle: core\n---\n"}
+    (cache/"00_core.ipynb").write_text(json.dumps({"cells": [front]}))
     (cache/"experiments/01_best.ipynb").write_text(json.dumps({"cells": cells}))
     (cache/"sidebar.yml").write_text("- 00_core.ipynb\n- experiments/01_best.ipynb\n")
     tool("site").stage(cache, out)
     assert tool("site").names(out) == [Path("core.ipynb"), Path("experiments/best.ipynb")]
+    assert json.loads((out/"core.ipynb").read_text())["cells"][0]["source"] == "---\ntitle: core\n---\n"
     assert "(../core.ipynb#opt) [other](https://x.example/77_other.ipynb)" in (out/"experiments/best.ipynb").read_text()
     assert (out/"sidebar.yml").read_text() == "- core.ipynb\n- experiments/best.ipynb\n"
