@@ -150,7 +150,7 @@ def adapt_kl_coef(kl_coef:float,  # β
     if error == error: error = min(max(error, -0.2), 0.2)
     return kl_coef*(1 + error*n/horizon)
 
-# %% ../nbs/09_ppo.ipynb #119fd718
+# %% ../nbs/09_ppo.ipynb #fb59548b
 @dataclass
 class PPOConfig:
     "Settings of a PPO run. The defaults are what the paper ran (Table 3, section 4.3)."
@@ -206,6 +206,10 @@ class PPOConfig:
     device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
     checkpoint_every: int = opt(20, "PPO steps between checkpoints; 0 is off", low=0)
     holdout: int = opt(24, "prompts kept out of training for the table before and after", low=0)
+    divergence_kl: float = opt(30.0, "report divergence above this KL to the start, nats per answer; 0 is off", low=0)
+    divergence_entropy: float = opt(0.25, "report divergence when entropy falls below this share of the first step's; 0 is off", low=0, high=1)
+    divergence_repetition: float = opt(0.3, "report divergence when this share of the text is repetition, beyond the first step's; 0 is off", low=0, high=1)
+    divergence_empty: float = opt(0.3, "report divergence when this share of answers is empty, beyond the first step's; 0 is off", low=0, high=1)
     self_checks: bool = opt(True, "before the first update test ratio, KL, mask, prompt and accumulation")
     trust_remote_code: bool = opt(False, "run code that a hub model brings along")
 
