@@ -117,7 +117,7 @@ def load_rewards(config) -> dict:
     if config.validation_reward_model: rewards["validation"] = load(config.validation_reward_model)
     return rewards
 
-# %% ../nbs/12_cli.ipynb #14c7b1ff
+# %% ../nbs/12_cli.ipynb #bd1f3740
 def train_command(config, preset=None, resume=None):
     "`superhf train`: the SuperHF loop on a run folder, with a comparison on held-out prompts before and after."
     from superhf.data import load_prompts
@@ -133,6 +133,7 @@ def train_command(config, preset=None, resume=None):
     if resume: trainer.resume()
     else: run.create(config, preset=preset)
     before = before_training(run, trainer, rewards, kept)
+    if before and trainer.step == 0: trainer.ema = sum(r["reward"] for r in before)/len(before)
     trainer.train()
     finish(run, trainer, rewards, kept, before)
 
