@@ -8,16 +8,15 @@ __all__ = ['PRESETS', 'GLOSSARY', 'TIMES', 'SuperHFConfig', 'learning_rate_at', 
            'accumulate', 'make_optimizer', 'optimizer_step', 'ema', 'score_stats', 'sample_stats', 'SuperHFTrainer',
            'check_run', 'make_sampler', 'Reference', 'Clock', 'sample_rows', 'progress_text']
 
-# %% ../nbs/08_training.ipynb #f9451474
+# %% ../nbs/08_training.ipynb #60e0332a
 import math, time
 from dataclasses import dataclass, asdict
 import numpy as np, torch
-from tqdm.auto import tqdm
 from .core import UserError, opt, check_config
 from .generation import BatchSize, Completion, Sampler, SamplingConfig
 from .models import add_lora, pick_device, trainable
 from .prompts import get_format
-from .runs import RunFolder, append_lines, peak_memory, read_lines, read_state, resume_point, rewind, save_checkpoint, write_state
+from .runs import RunFolder, RunLoop, peak_memory
 from .scoring import select_top_k
 
 # %% ../nbs/08_training.ipynb #3ffbd22e
@@ -228,16 +227,17 @@ def sample_stats(completions:list[Completion]) -> dict:
     return {"length/mean": sum(len(c.ids) for c in completions)/n, "ended/share": sum(c.ended for c in completions)/n,
             "empty/share": sum(not c.text for c in completions)/n, "diversity": len({c.text for c in completions})/n}
 
-# %% ../nbs/08_training.ipynb #9f3c4d4e
-class SuperHFTrainer:
+# %% ../nbs/08_training.ipynb #285bc243
+class SuperHFTrainer(RunLoop):
     "Trains a policy by SuperHF (section 3.1); every step is a line in the run folder."
     def __init__(self, config:SuperHFConfig, policy, tokenizer,
                  reward_model,                 # callable (prompts, completions) -> scores
                  prompts:list[dict],           # to train on, with `prompt` and `source`
                  validation_reward_model=None, # only watches
                  run:RunFolder|None=None):     # where to record; nothing is written without
-        check_run(config, prompts)
-        self.config, self.tokenizer, self.run = check_config(config), tokenizer, run
+        check_run(check_config(config), prompts)
+        super().__init__(config, run)
+        self.tokenizer = tokenizer
         self.reward_model, self.validation_reward_model, self.prompts = reward_model, validation_reward_model, prompts
         self.policy = add_lora(policy, config.lora_rank) if config.lora_rank else policy
         self.format = get_format(config.prompt_format, tokenizer)
@@ -245,7 +245,7 @@ class SuperHFTrainer:
         self.optimizer = make_optimizer(self.policy, config)
         self.batches = BatchSize(config.finetuning_batch_size, "fine-tuning")
         self.reference = Reference(self.policy, config) if config.measure_kl else None
-        self.step, self.ema, self.tokens = 0, None, 0
+        self.ema, self.tokens = None, 0
 
     def superbatch(self, step:int) -> tuple:
         "Sample, score, select, fine-tune; gives the record and the samples."
@@ -287,40 +287,13 @@ class SuperHFTrainer:
             "loss": tuned.get("loss"), "kl": tuned.get("kl"), "entropy": tuned.get("entropy"), "grad_norm": tuned.get("grad_norm"),
             "lr": learning_rate_at(step, self.config)} | sample_stats(completions) | {"selected": len(chosen), "skipped": tuned["skipped"], "tokens/generated": self.tokens}
 
-    def train(self, progress:bool=True) -> list[dict]:
-        "All superbatches that are left; records, checkpoints and a progress bar."
-        records, T = [], self.config.superbatches
-        with tqdm(total=T, initial=self.step, disable=not progress, unit="superbatch", dynamic_ncols=True) as bar:
-            while self.step < T:
-                record, samples = self.superbatch(self.step + 1)
-                self.step += 1
-                records.append(record)
-                self.write(record, samples)
-                bar.set_postfix_str(progress_text(record))
-                bar.update()
-        return records
+    def state(self) -> dict:
+        "The numbers that the next superbatch depends on, beside weights and moments."
+        return dict(ema=self.ema, tokens=self.tokens)
 
-    def write(self, record:dict, samples:list[dict]):
-        "Append to the run folder, and write a checkpoint when it is due."
-        if self.run is None: return
-        append_lines(self.run.samples, samples)
-        append_lines(self.run.metrics, [record])
-        every = self.config.checkpoint_every
-        if every and self.step % every == 0 and self.step < self.config.superbatches: self.save()
-
-    def save(self):
-        "Write a checkpoint of everything that the next superbatch depends on."
-        state = dict(step=self.step, ema=self.ema, tokens=self.tokens)
-        return save_checkpoint(self.run, self.step, lambda folder: write_state(folder, self.policy, self.optimizer, state))
-
-    def resume(self):
-        "Go back to the newest whole checkpoint, or to the start; records after it are cut off."
-        self.step, folder = resume_point(self.run)
-        if folder:
-            state = read_state(folder, self.policy, self.optimizer)
-            self.ema, self.tokens = state["ema"], state["tokens"]
-        for path in (self.run.metrics, self.run.samples): rewind(path, self.step)
-        return self
+    def progress_text(self, record:dict) -> str:
+        "What the progress bar says after a superbatch."
+        return progress_text(record)
 
 # %% ../nbs/08_training.ipynb #cd5151f3
 def check_run(config:SuperHFConfig, prompts:list[dict]):
