@@ -51,7 +51,7 @@ class Source:
 # %% ../nbs/01_data.ipynb #560fccc7
 SOURCES = {}
 
-# %% ../nbs/01_data.ipynb #237b50f7
+# %% ../nbs/01_data.ipynb #1a22b66f
 def source(name:str,               # how options and rows call it
            title:str="",           # how tables call it; the name unless given
            paper_rows:int|None=None, # its rows in Table 1
@@ -59,6 +59,7 @@ def source(name:str,               # how options and rows call it
           ):
     "Register the decorated function as a prompt source."
     def register(rows):
+        "Put `rows` into `SOURCES`."
         for n in filter(None, (name, alias)): SOURCES[n] = Source(name, title or name, paper_rows, rows)
         return rows
     return register

@@ -272,17 +272,17 @@ def read_mix(path # a file written by `write_mix`
     "The `datasets.Dataset` that `write_mix` wrote."
     return to_dataset(add_ids(extract(str(path), Reader())[0]))
 
-# %% ../nbs/01_mixing.ipynb #ea15c817
+# %% ../nbs/01_mixing.ipynb #ae47493c
 def draw_shares(axes, counts:dict, colors:dict) -> None:
     "Bars of each source's share of the mix; a diamond marks its share in Table 1."
     total, paper_total = sum(counts.values()), sum(SOURCES[s].paper_rows for s in PAPER_SOURCES)
     for y, (s, n) in enumerate(counts.items()):
         axes.barh(y, 100 * n / total, color=colors[s], height=0.6)
-        axes.text(100 * n / total + 1.5, y, f"{n:,}", va="center", fontsize=9, color="0.3")
+        axes.text(0.6, y, f"{n:,}", va="center", fontsize=9, color="white", weight="bold")
         if s in PAPER_SOURCES: axes.plot(100 * SOURCES[s].paper_rows / paper_total, y, "D", mfc="white", mec="0.2", ms=6, label="Table 1" if s == PAPER_SOURCES[0] else None)
     axes.set(yticks=range(len(counts)), yticklabels=[SOURCES[s].title if s in SOURCES else s for s in counts], xlabel="share of the mix (%)", title="Shares")
-    axes.invert_yaxis(); axes.margins(x=0.18)
-    if any(s in PAPER_SOURCES for s in counts): axes.legend(loc="lower right", frameon=False, fontsize=9)
+    axes.invert_yaxis()
+    if any(s in PAPER_SOURCES for s in counts): axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
 
 # %% ../nbs/01_mixing.ipynb #a4dfe608
 def draw_lengths(axes, lengths:dict, colors:dict) -> None:
