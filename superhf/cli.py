@@ -19,14 +19,15 @@ def default_of(field):
     "The default value of a dataclass field."
     return field.default if field.default is not MISSING else field.default_factory()
 
-# %% ../nbs/12_cli.ipynb #2a28a729
+# %% ../nbs/12_cli.ipynb #c76cbb31
 def add_options(parser, cls):
     "One option per field of a config class."
     hints = typing.get_type_hints(cls)
     for f in fields(cls):
         choices = f.metadata.get("choices")
         kind = typing.Literal[tuple(choices)] if choices else hints[f.name]
-        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=default_of(f), help=f.metadata["help"])
+        several = dict(type=typing.get_args(kind)[0], nargs="+") if typing.get_origin(kind) is list else dict(type=kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=default_of(f), help=f.metadata["help"], **several)
 
 # %% ../nbs/12_cli.ipynb #c686b24f
 @dataclass
