@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from .core import UserError, check_config, opt
 
-# %% ../nbs/09_ppo.ipynb #1b1d89dd
+# %% ../nbs/09_ppo.ipynb #ca3b5543
 @dataclass
 class Rows:
     "Prompts and answers laid out as one batch; L columns, L-1 positions."
@@ -24,6 +24,10 @@ class Rows:
     scores: torch.Tensor         # [rows], what the reward model said
 
     def __len__(self): return len(self.ids)
+
+    def to(self, device):
+        "The same rows on another device."
+        return type(self)(**{name: x.to(device) for name, x in vars(self).items()})
 
 # %% ../nbs/09_ppo.ipynb #a386b71a
 def lay_out(prompts:list[list[int]],  # ids of every prompt, at least one each

@@ -6,8 +6,9 @@
 __all__ = ['REPEATED', 'check_mask', 'check_prompt_once', 'check_ratio', 'check_kl', 'gradient_print', 'check_accumulation',
            'self_checks', 'repetition_share', 'text_signs', 'divergence_signs']
 
-# %% ../nbs/09c_ppo_checks.ipynb #df52a94c
+# %% ../nbs/09c_ppo_checks.ipynb #79734a1d
 import re
+from dataclasses import replace
 import torch
 from .ppo import PPOConfig, Rows, gae, lay_out
 from .ppo_update import forward_rows, minibatch_gradient, roll_out, step_advantages
@@ -66,14 +67,15 @@ def check_accumulation(model, roll, c:PPOConfig,
     off = ((whole - pieces).abs().max()/whole[0].max().clamp(min=1e-30)).item() if whole.numel() else 0
     if not off <= tolerance: return f"accumulation: a minibatch in pieces has another gradient than in one piece, off by {off:.2g}"
 
-# %% ../nbs/09c_ppo_checks.ipynb #9e261805
+# %% ../nbs/09c_ppo_checks.ipynb #38405c4e
 def self_checks(model, reference,
                 rows:Rows, prompts, answers, # the first batch, and the ids that it was made of
                 c:PPOConfig) -> list[str]:
     "What PPO assumes and does not hold before the first update; empty where all is well."
     exact = c.mixed_precision == "no" and next(model.parameters()).dtype != torch.bfloat16
     tolerance = 1e-3 if exact else 0.3
-    roll = roll_out(model, reference, rows, c.init_kl_coef, c)
+    signs = torch.where(torch.arange(len(rows), device=rows.scores.device) % 2 == 0, 1., -1.).to(rows.scores.dtype)
+    roll = roll_out(model, reference, replace(rows, scores=signs), c.init_kl_coef, c)  # scores of our own: theirs may be all equal, or NaN
     found = [check_mask(rows, answers), None if c.repeat_prompt else check_prompt_once(rows, prompts), check_ratio(model, roll, c, tolerance),
              check_kl(roll, tolerance), check_accumulation(model, roll, c, 1e-3 if exact else 0.1)]
     return [problem for problem in found if problem]
@@ -92,16 +94,17 @@ def text_signs(texts:list[str]) -> dict:
     n = max(1, len(texts))
     return {"repetition/share": sum(map(repetition_share, texts))/n, "empty/share": sum(not t.strip() for t in texts)/n}
 
-# %% ../nbs/09c_ppo_checks.ipynb #ba8174c4
+# %% ../nbs/09c_ppo_checks.ipynb #4cecf21a
 def divergence_signs(record:dict,   # of this step: `objective/kl`, `ppo/policy/entropy`, `repetition/share`, `empty/share`
                      first:dict,    # of the first step
-                     c:PPOConfig) -> list[str]:
-    "One line for every sign of divergence (section 5.2); empty where there is none."
-    signs, known = [], lambda key: record.get(key) is not None and first.get(key) is not None
+                     c:PPOConfig) -> dict:
+    "One line for every sign of divergence, by its kind (section 5.2); empty where there is none."
+    signs, known = {}, lambda key: record.get(key) is not None and first.get(key) is not None
     if c.divergence_kl and known("objective/kl") and record["objective/kl"] > c.divergence_kl:
-        signs.append(f"KL to the start is {record['objective/kl']:.1f} nats per answer, more than {c.divergence_kl:g}")
+        signs["kl"] = f"KL to the start is {record['objective/kl']:.1f} nats per answer, more than {c.divergence_kl:g}"
     if c.divergence_entropy and known(e := "ppo/policy/entropy") and record[e] < c.divergence_entropy*first[e]:
-        signs.append(f"entropy per token fell from {first[e]:.2f} to {record[e]:.2f}, below {c.divergence_entropy:.0%}")
-    for key, limit, what in (("repetition/share", c.divergence_repetition, "of the text is repetition"), ("empty/share", c.divergence_empty, "of the answers are empty")):
-        if limit and known(key) and record[key] > first[key] + limit: signs.append(f"{record[key]:.0%} {what}, {first[key]:.0%} at the start")
+        signs["entropy"] = f"entropy per token fell from {first[e]:.2f} to {record[e]:.2f} nats, below {c.divergence_entropy:.0%} of the start"
+    for kind, limit, what in (("repetition", c.divergence_repetition, "of the text is repetition"), ("empty", c.divergence_empty, "of the answers are empty")):
+        key = f"{kind}/share"
+        if limit and known(key) and record[key] > first[key] + limit: signs[kind] = f"{record[key]:.0%} {what}, {first[key]:.0%} at the start"
     return signs

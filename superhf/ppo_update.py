@@ -17,7 +17,7 @@ from torch import nn
 from .ppo import (PPOConfig, Rows, adapt_kl_coef, entropy, gae, masked_mean, masked_var, policy_losses, token_logprobs,
                          token_rewards, value_losses, whiten)
 
-# %% ../nbs/09b_ppo_update.ipynb #003eaa16
+# %% ../nbs/09b_ppo_update.ipynb #c965bc86
 class SeededDropout(nn.Module):
     "Dropout that draws from the generator it is given; without one it does nothing."
     def __init__(self, p:float):
@@ -25,11 +25,12 @@ class SeededDropout(nn.Module):
         self.p = p
 
     def forward(self, x, generator=None):
+        "`x` with a share p of it set to 0 and the rest scaled up."
         if not self.p or generator is None: return x
         keep = torch.rand(x.shape, generator=generator, device=generator.device) >= self.p
         return x*keep.to(x)/(1 - self.p)
 
-# %% ../nbs/09b_ppo_update.ipynb #50397c17
+# %% ../nbs/09b_ppo_update.ipynb #5caa641f
 class ValueHead(nn.Module):
     "Hidden state to value: dropout and one linear layer, under TRL's parameter names."
     def __init__(self, size:int,           # of the hidden state
@@ -40,7 +41,10 @@ class ValueHead(nn.Module):
         self.dropout, self.summary = SeededDropout(dropout), nn.Linear(size, 1)
         for p in self.parameters(): nn.init.zeros_(p) if init == "zero" else p.data.uniform_(-size**-0.5, size**-0.5, generator=generator)
 
-    def forward(self, hidden, generator=None): return self.summary(self.dropout(hidden.to(self.summary.weight.dtype), generator)).squeeze(-1)
+    def forward(self, hidden, generator=None):
+        "Values [...] of hidden states [..., size], in the head's own number format even where autocast is on."
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.summary(self.dropout(hidden.to(self.summary.weight.dtype), generator)).squeeze(-1)
 
 # %% ../nbs/09b_ppo_update.ipynb #84b6d458
 def read_positions(policy,                       # a causal language model
