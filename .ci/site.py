@@ -14,8 +14,20 @@ from nbdev.config import get_config
 from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
 from nbdev.serve import proc_nbs
 
+def lost_prose(cells):
+    "The lines that would be missing from a page: nbdev takes the cell with the title for itself and drops all else in it."
+    titles = [s for c in cells if c["cell_type"] == "markdown" and re.search(r"^#\s+\S", s := "".join(c["source"]), flags=re.M)]
+    return [line for line in titles[0].splitlines() if line.strip() and not re.match(r"#\s|>|- \S+:\s", line)] if titles else []
+
+def check_titles(folder):
+    "Stop where the cell with a notebook's title holds prose too."
+    for path in names(folder):
+        lost = lost_prose(json.loads((folder/path).read_text(encoding="utf-8"))["cells"])
+        if lost: sys.exit(f"{path}: this stands in the cell with the title and would not be on the page; give it a cell of its own: {lost[0]!r}")
+
 def process():
     "Write nbdev.yml and sidebar.yml, and the processed notebooks; return their folder."
+    check_titles(get_config().nbs_path)
     refresh_quarto_yml()
     nbdev_sidebar.__wrapped__()
     try: cache = proc_nbs(n_workers=2, force=True)

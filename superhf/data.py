@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'PAPER_SOURCES', 'QUOTES', 'first_question', 'dialogue_note', 'first_questions', 'Source', 'source',
            'harmless_base', 'helpful_base', 'red_team_attempts', 'webgpt', 'demo_prompts', 'raw_prompts',
            'unknown_source', 'extract', 'strip_prompts', 'drop_empty', 'drop_long', 'tally', 'clean', 'normalize',
-           'keyed_hash', 'add_ids', 'find_duplicates', 'count_duplicates', 'drop_duplicates', 'shuffled',
+           'keyed_hash', 'add_ids', 'find_duplicates', 'count_duplicates', 'drop_duplicates', 'shuffled', 'subset',
            'split_prompts', 'leaks', 'load_prompts']
 
 # %% ../nbs/01_data.ipynb #253314d4
@@ -51,7 +51,7 @@ class Source:
 # %% ../nbs/01_data.ipynb #560fccc7
 SOURCES = {}
 
-# %% ../nbs/01_data.ipynb #237b50f7
+# %% ../nbs/01_data.ipynb #1a22b66f
 def source(name:str,               # how options and rows call it
            title:str="",           # how tables call it; the name unless given
            paper_rows:int|None=None, # its rows in Table 1
@@ -59,6 +59,7 @@ def source(name:str,               # how options and rows call it
           ):
     "Register the decorated function as a prompt source."
     def register(rows):
+        "Put `rows` into `SOURCES`."
         for n in filter(None, (name, alias)): SOURCES[n] = Source(name, title or name, paper_rows, rows)
         return rows
     return register
@@ -112,11 +113,11 @@ def raw_prompts(spec:str,     # a registered source, "demo", a file, or owner/na
         for value in read(spec, column): yield dict(prompt=value)
     else: raise UserError(unknown_source(spec))
 
-# %% ../nbs/01_data.ipynb #287fc07a
+# %% ../nbs/01_data.ipynb #e1eb52a7
 def unknown_source(spec:str) -> str:
     "One line about a prompt source that does not exist, with what would do."
     near = difflib.get_close_matches(spec, list(SOURCES), n=1)
-    return (f"unknown prompt source {spec!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return (f"unknown prompt source {spec!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
             + f"; give one of {', '.join(SOURCES)}, demo, a .jsonl, .csv, .parquet or .txt file, or owner/name of a hub dataset")
 
 # %% ../nbs/01_data.ipynb #4e7d910a
@@ -221,12 +222,20 @@ def shuffled(rows,        # rows with an id
     "The rows in an order that depends on the seed and the ids alone (section 4.1)."
     return sorted(rows, key=lambda r: keyed_hash(seed, r["id"]))
 
-# %% ../nbs/01_data.ipynb #195f3790
+# %% ../nbs/01_data.ipynb #ff654032
+def subset(rows,
+           n:int|None # how many rows; None for all
+          ) -> list[dict]:
+    "The first `n` rows: of shuffled rows, a random part (section 4.1)."
+    return list(rows[:n])
+
+# %% ../nbs/01_data.ipynb #ee2793b2
 def split_prompts(rows,              # rows of source and prompt
                   test_share:float,  # share of each source's rows that is held out, 0 to 1
                   seed:int=0
                  ) -> tuple:
     "(train, test) that never share a normalized prompt; the same rows and seed give the same split (ledger 13)."
+    if not test_share: return list(rows), []
     keys, groups = [normalize(r["prompt"]) for r in rows], {}
     for r, key in zip(rows, keys): groups.setdefault(key, []).append(r["source"])
     open_places = {s: round(n * test_share) for s, n in Counter(members[0] for members in groups.values() for _ in members).items()}

@@ -118,15 +118,15 @@ def column_values(table,      # a pyarrow table
     if pa.types.is_nested(values.type): raise UserError(f"{where}:1: column {column!r} holds {values.type}, not text")
     return [v if v is None or isinstance(v, str) else str(v) for v in values.to_pylist()]
 
-# %% ../nbs/00_reading.ipynb #fdc7fc2e
+# %% ../nbs/00_reading.ipynb #7c68008e
 def dataset_rows(dataset,      # a datasets.Dataset
                  columns:list, # its text columns
                  where:str     # what it was read from, for errors
                 ):
     "Yield a tuple of values for every row of a dataset, a thousand rows at a time in memory."
-    tops = list(dict.fromkeys(c.split(".")[0] for c in columns))
-    if not set(tops) <= set(dataset.column_names): column_values(dataset.data.table.slice(0, 0), next(c for c in columns if c.split(".")[0] not in dataset.column_names), where)
-    for table in dataset.select_columns(tops).with_format("arrow").iter(batch_size=1000):
+    for c in columns: column_values(dataset.data.table.slice(0, 0), c, where)
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        table.validate(full=True)
         yield from zip(*(column_values(table, c, where) for c in columns))
 
 # %% ../nbs/00_reading.ipynb #e500c187

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['append_lines', 'read_lines', 'rewind', 'versions', 'hardware', 'git_commit', 'peak_memory', 'RunFolder', 'sync',
-           'save_checkpoint', 'resume_point', 'write_state', 'read_state']
+           'save_checkpoint', 'resume_point', 'write_state', 'read_state', 'RunLoop']
 
-# %% ../nbs/07_runs.ipynb #4851f8de
+# %% ../nbs/07_runs.ipynb #e540ee3f
 import json, os, platform, resource, shutil, subprocess, sys
 from dataclasses import asdict
 from pathlib import Path
 import torch, yaml
+from tqdm.auto import tqdm
 from .core import UserError
 
 # %% ../nbs/07_runs.ipynb #07a0dbf3
@@ -143,3 +144,40 @@ def read_state(folder:Path, model, optimizer) -> dict:
         moments.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
     return json.loads((folder/"state.json").read_text())
+
+# %% ../nbs/07_runs.ipynb #db777e5f
+class RunLoop:
+    "Runs `superbatch(step)` for all steps that are left, and keeps the run folder."
+    def __init__(self, config, run:RunFolder|None=None): self.config, self.run, self.step = config, run, 0
+
+    def train(self, progress:bool=True) -> list[dict]:
+        "All superbatches that are left; gives their records."
+        records, T = [], self.config.superbatches
+        with tqdm(total=T, initial=self.step, disable=not progress, unit="superbatch", dynamic_ncols=True) as bar:
+            while self.step < T:
+                record, samples = self.superbatch(self.step + 1)
+                self.step += 1
+                self.write(record, samples)
+                records.append(record)
+                bar.set_postfix_str(self.progress_text(record))
+                bar.update()
+        return records
+
+    def write(self, record:dict, samples:list[dict]):
+        "Append to the run folder, and write a checkpoint when it is due."
+        if self.run is None: return
+        append_lines(self.run.samples, samples)
+        append_lines(self.run.metrics, [record])
+        every = self.config.checkpoint_every
+        if every and self.step % every == 0 and self.step < self.config.superbatches: self.save()
+
+    def save(self):
+        "Write a checkpoint of everything that the next superbatch depends on."
+        return save_checkpoint(self.run, self.step, lambda folder: write_state(folder, self.policy, self.optimizer, self.state()))
+
+    def resume(self):
+        "Go back to the newest whole checkpoint, or to the start; records after it are cut off."
+        self.step, folder = resume_point(self.run)
+        if folder: vars(self).update(read_state(folder, self.policy, self.optimizer))
+        for path in (self.run.metrics, self.run.samples): rewind(path, self.step)
+        return self

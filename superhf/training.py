@@ -8,19 +8,18 @@ __all__ = ['PRESETS', 'GLOSSARY', 'TIMES', 'SuperHFConfig', 'learning_rate_at', 
            'accumulate', 'make_optimizer', 'optimizer_step', 'ema', 'score_stats', 'sample_stats', 'SuperHFTrainer',
            'check_run', 'make_sampler', 'Reference', 'Clock', 'sample_rows', 'progress_text']
 
-# %% ../nbs/08_training.ipynb #f9451474
+# %% ../nbs/08_training.ipynb #60e0332a
 import math, time
 from dataclasses import dataclass, asdict
 import numpy as np, torch
-from tqdm.auto import tqdm
 from .core import UserError, opt, check_config
 from .generation import BatchSize, Completion, Sampler, SamplingConfig
 from .models import add_lora, pick_device, trainable
 from .prompts import get_format
-from .runs import RunFolder, append_lines, peak_memory, read_lines, read_state, resume_point, rewind, save_checkpoint, write_state
+from .runs import RunFolder, RunLoop, peak_memory
 from .scoring import select_top_k
 
-# %% ../nbs/08_training.ipynb #8d69bc75
+# %% ../nbs/08_training.ipynb #3ffbd22e
 @dataclass
 class SuperHFConfig:
     "All settings of a SuperHF run; defaults are Table 2 unless said otherwise."
@@ -50,6 +49,7 @@ class SuperHFConfig:
     finetuning_batch_size: int = opt(8, "completions per forward and backward pass; gradients add up to one step (Table 2)", low=1)
     lora_rank: int = opt(0, "rank of LoRA adapters; 0 trains all weights", low=0)
     dtype: str = opt("float32", "number format of the trained weights (Table 2: FP32)", choices=["float32", "bfloat16"])
+    mixed_precision: str = opt("no", "number format of the passes while fine-tuning: no keeps dtype (Table 2: No), bf16 multiplies in bfloat16", choices=["no", "bf16"])
     sampling_dtype: str = opt("auto", "number format to sample in: auto takes bfloat16 where it is native", choices=["auto", "policy", "float32", "bfloat16", "float16"])
     device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
     measure_kl: bool = opt(True, "keep the starting policy beside and record the KL divergence from it")
@@ -57,11 +57,11 @@ class SuperHFConfig:
     holdout: int = opt(24, "prompts kept out of training for the table before and after", low=0)
     trust_remote_code: bool = opt(False, "run code that a hub model brings along")
 
-# %% ../nbs/08_training.ipynb #87b78fd6
+# %% ../nbs/08_training.ipynb #6b2d29a0
 PRESETS = dict(
     paper={},
     demo=dict(model="demo", reward_model="demo", output_dir="runs/demo", superbatches=60, superbatch_size=16, max_new_tokens=48,
-              learning_rate=2e-5, warmup_superbatches=3, generation_batch_size=16, checkpoint_every=30))
+              learning_rate=2e-5, warmup_superbatches=3, generation_batch_size=16, mixed_precision="bf16", checkpoint_every=30))
 
 # %% ../nbs/08_training.ipynb #44fc3408
 def learning_rate_at(step:int, # superbatch, counted from 1
@@ -119,11 +119,13 @@ def mean_per_row(x:torch.Tensor, mask:torch.Tensor) -> torch.Tensor:
     "Mean over each row's masked positions, [rows]."
     return (x*mask).sum(-1)/mask.sum(-1)
 
-# %% ../nbs/08_training.ipynb #33958f64
-def completion_logps(model, ids, attention, targets) -> torch.Tensor:
-    "Log-probabilities over the vocabulary at the positions that predict a target, [targets, vocabulary]."
-    logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
-    return logits[targets].float().log_softmax(-1)
+# %% ../nbs/08_training.ipynb #af1554df
+def completion_logps(model, ids, attention, targets, mixed:bool=False) -> torch.Tensor:
+    "Log-probabilities over the vocabulary at the positions that predict a target, [targets, vocabulary]; `mixed` multiplies in bfloat16."
+    first = targets.any(0).nonzero()[0].item()          # no row has a target before; logits are computed from there on
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=mixed):
+        logits = model(input_ids=ids, attention_mask=attention, logits_to_keep=ids.shape[1] - first).logits[:, :-1]
+    return logits[targets[:, first:]].float().log_softmax(-1)
 
 # %% ../nbs/08_training.ipynb #1e411230
 def spread_rows(values:torch.Tensor, targets:torch.Tensor) -> torch.Tensor:
@@ -144,13 +146,13 @@ def completion_stats(logps:torch.Tensor, reference, targets) -> dict:
     kl = None if reference is None else mean((p*(logps - reference)).sum(-1))
     return dict(entropy=mean(-(p*logps).sum(-1)), kl=kl)
 
-# %% ../nbs/08_training.ipynb #40183c8a
-def accumulate(model, rows:list[tuple], batch:BatchSize, pad:int, reference=None) -> dict:
+# %% ../nbs/08_training.ipynb #8e96664f
+def accumulate(model, rows:list[tuple], batch:BatchSize, pad:int, reference=None, mixed:bool=False) -> dict:
     "Backward passes over all rows in batches that fit; their sum is the gradient of the mean loss. Gives loss, entropy, KL."
     parts = []
     def work(some):
         ids, attention, targets = collate(some, pad, model.device)
-        logps = completion_logps(model, ids, attention, targets)
+        logps = completion_logps(model, ids, attention, targets, mixed)
         losses = row_losses(logps, ids, targets)
         (losses.sum()/len(rows)).backward()
         with torch.no_grad(): known = None if reference is None else completion_logps(reference, ids, attention, targets)
@@ -176,14 +178,14 @@ def optimizer_step(model, optimizer, learning_rate:float, max_norm:float) -> flo
     optimizer.zero_grad(set_to_none=True)
     return norm
 
-# %% ../nbs/08_training.ipynb #39c2ba42
+# %% ../nbs/08_training.ipynb #333b19fb
 GLOSSARY = {
     "step": "superbatch, counted from 1",
     "source": "where the prompt comes from (Table 1); of the first prompt when there are several",
     "reward/mean": "mean score of the superbatch's completions; rises",
     "reward/std": "standard deviation of these scores; what selection has to choose from; must not fall to 0",
     "reward/best": "highest score, that of the completion trained on",
-    "reward/ema": "exponential moving average of reward/mean with α = 0.9 (Figure 2), started at the first value",
+    "reward/ema": "exponential moving average of reward/mean with α = 0.9 (Figure 2); starts at the starting policy's mean on held-out prompts where these are sampled, else at the first value",
     "reward_val/mean": "mean score under the validation reward model, which never selects; should rise with reward/mean",
     "reward_val/best": "its score of the completion that was selected",
     "loss": "negative log-likelihood per token of the selected completions before the step, in nats; falls slowly",
@@ -225,16 +227,17 @@ def sample_stats(completions:list[Completion]) -> dict:
     return {"length/mean": sum(len(c.ids) for c in completions)/n, "ended/share": sum(c.ended for c in completions)/n,
             "empty/share": sum(not c.text for c in completions)/n, "diversity": len({c.text for c in completions})/n}
 
-# %% ../nbs/08_training.ipynb #dcae8998
-class SuperHFTrainer:
+# %% ../nbs/08_training.ipynb #285bc243
+class SuperHFTrainer(RunLoop):
     "Trains a policy by SuperHF (section 3.1); every step is a line in the run folder."
     def __init__(self, config:SuperHFConfig, policy, tokenizer,
                  reward_model,                 # callable (prompts, completions) -> scores
                  prompts:list[dict],           # to train on, with `prompt` and `source`
                  validation_reward_model=None, # only watches
                  run:RunFolder|None=None):     # where to record; nothing is written without
-        check_run(config, prompts)
-        self.config, self.tokenizer, self.run = check_config(config), tokenizer, run
+        check_run(check_config(config), prompts)
+        super().__init__(config, run)
+        self.tokenizer = tokenizer
         self.reward_model, self.validation_reward_model, self.prompts = reward_model, validation_reward_model, prompts
         self.policy = add_lora(policy, config.lora_rank) if config.lora_rank else policy
         self.format = get_format(config.prompt_format, tokenizer)
@@ -242,7 +245,7 @@ class SuperHFTrainer:
         self.optimizer = make_optimizer(self.policy, config)
         self.batches = BatchSize(config.finetuning_batch_size, "fine-tuning")
         self.reference = Reference(self.policy, config) if config.measure_kl else None
-        self.step, self.ema, self.tokens = 0, None, 0
+        self.ema, self.tokens = None, 0
 
     def superbatch(self, step:int) -> tuple:
         "Sample, score, select, fine-tune; gives the record and the samples."
@@ -268,7 +271,7 @@ class SuperHFTrainer:
         each, eos = len(completions)//len(prompts), self.tokenizer.eos_token_id
         rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(completions[i], eos)) for i in chosen]
         reference = self.reference.model(self.policy) if self.reference else None
-        stats = accumulate(self.policy, rows, self.batches, self.tokenizer.pad_token_id, reference)
+        stats = accumulate(self.policy, rows, self.batches, self.tokenizer.pad_token_id, reference, self.config.mixed_precision == "bf16")
         norm = optimizer_step(self.policy, self.optimizer, learning_rate_at(step, self.config), self.config.max_grad_norm)
         return stats | dict(grad_norm=norm, skipped="" if math.isfinite(norm) else f"the gradient's norm is {norm}")
 
@@ -284,40 +287,13 @@ class SuperHFTrainer:
             "loss": tuned.get("loss"), "kl": tuned.get("kl"), "entropy": tuned.get("entropy"), "grad_norm": tuned.get("grad_norm"),
             "lr": learning_rate_at(step, self.config)} | sample_stats(completions) | {"selected": len(chosen), "skipped": tuned["skipped"], "tokens/generated": self.tokens}
 
-    def train(self, progress:bool=True) -> list[dict]:
-        "All superbatches that are left; records, checkpoints and a progress bar."
-        records, T = [], self.config.superbatches
-        with tqdm(total=T, initial=self.step, disable=not progress, unit="superbatch", dynamic_ncols=True) as bar:
-            while self.step < T:
-                record, samples = self.superbatch(self.step + 1)
-                self.step += 1
-                records.append(record)
-                self.write(record, samples)
-                bar.set_postfix_str(progress_text(record))
-                bar.update()
-        return records
+    def state(self) -> dict:
+        "The numbers that the next superbatch depends on, beside weights and moments."
+        return dict(ema=self.ema, tokens=self.tokens)
 
-    def write(self, record:dict, samples:list[dict]):
-        "Append to the run folder, and write a checkpoint when it is due."
-        if self.run is None: return
-        append_lines(self.run.samples, samples)
-        append_lines(self.run.metrics, [record])
-        every = self.config.checkpoint_every
-        if every and self.step % every == 0 and self.step < self.config.superbatches: self.save()
-
-    def save(self):
-        "Write a checkpoint of everything that the next superbatch depends on."
-        state = dict(step=self.step, ema=self.ema, tokens=self.tokens)
-        return save_checkpoint(self.run, self.step, lambda folder: write_state(folder, self.policy, self.optimizer, state))
-
-    def resume(self):
-        "Go back to the newest whole checkpoint, or to the start; records after it are cut off."
-        self.step, folder = resume_point(self.run)
-        if folder:
-            state = read_state(folder, self.policy, self.optimizer)
-            self.ema, self.tokens = state["ema"], state["tokens"]
-        for path in (self.run.metrics, self.run.samples): rewind(path, self.step)
-        return self
+    def progress_text(self, record:dict) -> str:
+        "What the progress bar says after a superbatch."
+        return progress_text(record)
 
 # %% ../nbs/08_training.ipynb #cd5151f3
 def check_run(config:SuperHFConfig, prompts:list[dict]):

@@ -1,11 +1,13 @@
 """The tools of the gate find what they are there to find."""
 import importlib.util, subprocess, sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+@cache
 def tool(name):
     "A script of .ci as a module."
     spec = importlib.util.spec_from_file_location(name, ROOT/".ci"/f"{name}.py")
@@ -116,3 +118,9 @@ def test_a_copy_for_smalldocs_has_pages_under_their_public_names(tmp_path):
     assert json.loads((out/"core.ipynb").read_text())["cells"][0]["source"] == "---\ntitle: core\n---\n"
     assert "(../core.ipynb#opt) [other](https://x.example/77_other.ipynb)" in (out/"experiments/best.ipynb").read_text()
     assert (out/"sidebar.yml").read_text() == "- core.ipynb\n- experiments/best.ipynb\n"
+
+def test_prose_beside_a_title_is_found():
+    cell = lambda text: {"cell_type": "markdown", "source": text}
+    lost = tool("site").lost_prose
+    assert lost([cell("# Title\n> subtitle\n\n- order: 3\n"), cell("Prose.\n# Another\nmore")]) == []
+    assert lost([cell("# Title\n> subtitle\n\nProse that would be lost.")]) == ["Prose that would be lost."]
