@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['default_of', 'add_options', 'Command', 'make_parser', 'say', 'parse', 'run_config', 'refuse_changes', 'split_holdout',
-           'load_rewards', 'train_command', 'before_training', 'finish', 'save_model', 'model_card', 'tell',
-           'comparison_text', 'SampleConfig', 'sample_rows_of', 'sample_command', 'data_command', 'score_command',
-           'train_reward_command', 'commands', 'usage', 'quiet', 'main']
+           'load_rewards', 'run_method', 'train_command', 'ppo_command', 'before_training', 'finish', 'save_model',
+           'model_card', 'tell', 'comparison_text', 'SampleConfig', 'sample_rows_of', 'sample_command', 'data_command',
+           'score_command', 'train_reward_command', 'commands', 'usage', 'quiet', 'main']
 
 # %% ../nbs/12_cli.ipynb #08e8d82d
 import argparse, logging, re, sys, typing, warnings
@@ -115,25 +115,39 @@ def load_rewards(config) -> dict:
     if config.validation_reward_model: rewards["validation"] = load(config.validation_reward_model)
     return rewards
 
-# %% ../nbs/12_cli.ipynb #bd1f3740
-def train_command(config, preset=None, resume=None):
-    "`superhf train`: the SuperHF loop on a run folder, with a comparison on held-out prompts before and after."
+# %% ../nbs/12_cli.ipynb #0f7185d3
+def run_method(Trainer, config, preset=None, resume=None):
+    "A training run of either method on its run folder, with held-out prompts sampled before and after."
     from superhf.data import load_prompts
     from superhf.models import load_policy
-    from superhf.runs import RunFolder, append_lines, read_lines
-    from superhf.training import SuperHFTrainer, check_run
+    from superhf.runs import RunFolder
     run = RunFolder(resume or config.output_dir)
     prompts, kept = split_holdout(load_prompts(config.prompts), config.holdout, config.seed)
-    check_run(config, prompts)
+    if not resume: run.check_free()
     rewards = load_rewards(config)
     policy, tokenizer = load_policy(config.model, config.dtype, config.device, config.trust_remote_code)
-    trainer = SuperHFTrainer(config, policy, tokenizer, rewards["reward"], prompts, rewards.get("validation"), run)
+    trainer = Trainer(config, policy, tokenizer, rewards["reward"], prompts, rewards.get("validation"), run)
     if resume: trainer.resume()
     else: run.create(config, preset=preset)
     before = before_training(run, trainer, rewards, kept)
     if before and trainer.step == 0: trainer.ema = sum(r["reward"] for r in before)/len(before)
     trainer.train()
     finish(run, trainer, rewards, kept, before)
+
+# %% ../nbs/12_cli.ipynb #ba52eb65
+def train_command(config, preset=None, resume=None):
+    "`superhf train`: the SuperHF loop."
+    from superhf.training import SuperHFTrainer, check_run
+    check_run(config)
+    run_method(SuperHFTrainer, config, preset, resume)
+
+# %% ../nbs/12_cli.ipynb #b3c88fd1
+def ppo_command(config, preset=None, resume=None):
+    "`superhf ppo`: the baseline on the same ground."
+    from superhf.ppo import check_ppo_config
+    from superhf.ppo_trainer import PPOTrainer
+    check_ppo_config(config)
+    run_method(PPOTrainer, config, preset, resume)
 
 # %% ../nbs/12_cli.ipynb #6a2c6eb4
 def before_training(run, trainer, rewards:dict, kept:list[dict]) -> list[dict]:
@@ -266,10 +280,11 @@ def train_reward_command(config, **_):
     tell(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in last.items()))
     tell(f"reward model in {config.output_dir}")
 
-# %% ../nbs/12_cli.ipynb #2bdd9632
+# %% ../nbs/12_cli.ipynb #03f1f62f
 def commands() -> dict:
     "All subcommands by name."
     from superhf.mixing import DataConfig
+    from superhf.ppo import PRESETS as PPO_PRESETS, PPOConfig
     from superhf.reward_modelling import RewardTrainingConfig
     from superhf.scoring import ScoreConfig
     from superhf.training import PRESETS, SuperHFConfig
@@ -277,6 +292,7 @@ def commands() -> dict:
              Command("sample", "Draw completions of prompts.", SampleConfig, sample_command, {}),
              Command("score", "Score completions with a reward model.", ScoreConfig, score_command, {}),
              Command("train", "Train a policy with SuperHF.", SuperHFConfig, train_command, PRESETS, "demo", resumes=True),
+             Command("ppo", "Train a policy with PPO, the paper's baseline.", PPOConfig, ppo_command, PPO_PRESETS, "demo", resumes=True),
              Command("train-reward", "Train a reward model from pairs, scores, or both.", RewardTrainingConfig, train_reward_command, {})]
     return {c.name: c for c in found}
 

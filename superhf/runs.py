@@ -67,7 +67,7 @@ def peak_memory() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak*(1 if sys.platform == "darwin" else 1024)/2**30
 
-# %% ../nbs/07_runs.ipynb #d5d4b52c
+# %% ../nbs/07_runs.ipynb #36742aea
 class RunFolder:
     "The files of one run."
     def __init__(self, path):
@@ -75,10 +75,14 @@ class RunFolder:
         self.config, self.metrics, self.samples = self.path/"config.yaml", self.path/"metrics.jsonl", self.path/"samples.jsonl"
         self.checkpoints, self.model, self.figures = self.path/"checkpoints", self.path/"model", self.path/"figures"
 
-    def create(self, config, **about):
-        "Start a run: make the folder and write down what was asked for; a folder in use is refused."
+    def check_free(self):
+        "Refuse a folder that is in use."
         if self.config.exists(): raise UserError(f"{str(self.path)!r} already holds a run; go on with --resume {self.path}, or name another --output-dir")
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())): raise UserError(f"{str(self.path)!r} exists and is not empty; name another --output-dir")
+
+    def create(self, config, **about):
+        "Start a run: make the folder and write down what was asked for; a folder in use is refused."
+        self.check_free()
         self.path.mkdir(parents=True, exist_ok=True)
         record = dict(config=asdict(config), versions=versions(), hardware=hardware(), git_commit=git_commit(), **about)
         beside = self.path/".config.yaml"

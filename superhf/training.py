@@ -227,7 +227,7 @@ def sample_stats(completions:list[Completion]) -> dict:
     return {"length/mean": sum(len(c.ids) for c in completions)/n, "ended/share": sum(c.ended for c in completions)/n,
             "empty/share": sum(not c.text for c in completions)/n, "diversity": len({c.text for c in completions})/n}
 
-# %% ../nbs/08_training.ipynb #285bc243
+# %% ../nbs/08_training.ipynb #ac887d22
 class SuperHFTrainer(RunLoop):
     "Trains a policy by SuperHF (section 3.1); every step is a line in the run folder."
     def __init__(self, config:SuperHFConfig, policy, tokenizer,
@@ -235,7 +235,8 @@ class SuperHFTrainer(RunLoop):
                  prompts:list[dict],           # to train on, with `prompt` and `source`
                  validation_reward_model=None, # only watches
                  run:RunFolder|None=None):     # where to record; nothing is written without
-        check_run(check_config(config), prompts)
+        check_run(check_config(config))
+        if not prompts: raise UserError("there are no prompts to train on")
         super().__init__(config, run)
         self.tokenizer = tokenizer
         self.reward_model, self.validation_reward_model, self.prompts = reward_model, validation_reward_model, prompts
@@ -295,12 +296,11 @@ class SuperHFTrainer(RunLoop):
         "What the progress bar says after a superbatch."
         return progress_text(record)
 
-# %% ../nbs/08_training.ipynb #cd5151f3
-def check_run(config:SuperHFConfig, prompts:list[dict]):
+# %% ../nbs/08_training.ipynb #895baf89
+def check_run(config:SuperHFConfig):
     "Refuse combinations of settings that cannot work."
     if config.superbatch_size % config.superbatch_prompts: raise UserError(f"superbatch_size {config.superbatch_size} is not a multiple of superbatch_prompts {config.superbatch_prompts}")
     if config.top_k > config.superbatch_size: raise UserError(f"top_k {config.top_k} is more than superbatch_size {config.superbatch_size}")
-    if not prompts: raise UserError("there are no prompts to train on")
 
 # %% ../nbs/08_training.ipynb #e0472b91
 def make_sampler(config:SuperHFConfig, policy, tokenizer, format) -> Sampler:
