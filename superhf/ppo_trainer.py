@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PPO_GLOSSARY', 'responses', 'step_generator', 'batch_rows', 'make_ppo_optimizer', 'kl_per_token', 'PPOTrainer']
 
-# %% ../nbs/09d_ppo_trainer.ipynb #c9746873
+# %% ../nbs/09d_ppo_trainer.ipynb #9de0458e
 import logging, time
 from dataclasses import replace
 import torch
@@ -16,7 +16,7 @@ from .ppo import PPOConfig, Rows, check_ppo_config, lay_out, ppo_learning_rate
 from .ppo_checks import divergence_signs, self_checks, text_signs
 from .ppo_update import StartingPolicy, ppo_step, with_value_head
 from .prompts import get_format
-from .runs import RunFolder, peak_memory, read_state, resume_point, rewind, save_checkpoint, write_state
+from .runs import RunFolder, RunLoop, peak_memory, read_state, resume_point, rewind, save_checkpoint, write_state
 from .training import GLOSSARY, Clock, SuperHFTrainer, make_sampler, prompts_of, sample, sample_rows
 
 # %% ../nbs/09d_ppo_trainer.ipynb #73bf839e
@@ -78,7 +78,7 @@ def kl_per_token(stats:dict, rows:Rows) -> float|None:
     "log π - log π_0 per answer token of the batch, in nats."
     return stats["objective/kl_dist"].sum().item()/rows.mask.sum().item() if "objective/kl_dist" in stats else None
 
-# %% ../nbs/09d_ppo_trainer.ipynb #e2946645
+# %% ../nbs/09d_ppo_trainer.ipynb #dcb103cd
 class PPOTrainer(SuperHFTrainer):
     "Trains a policy by PPO on the ground of SuperHF; every step is a line in the run folder."
     def __init__(self, config:PPOConfig, policy, tokenizer,
@@ -87,14 +87,15 @@ class PPOTrainer(SuperHFTrainer):
                  validation_reward_model=None, # only watches
                  run:RunFolder|None=None):     # where to record; nothing is written without
         if not prompts: raise UserError("there are no prompts to train on")
-        self.config, self.tokenizer, self.run = check_ppo_config(config), tokenizer, run
+        RunLoop.__init__(self, check_ppo_config(config), run)
+        self.tokenizer = tokenizer
         self.reward_model, self.validation_reward_model, self.prompts = reward_model, validation_reward_model, prompts
         self.policy = add_lora(policy, config.lora_rank) if config.lora_rank else policy
         self.format = get_format(config.prompt_format, tokenizer)
         self.sampler = make_sampler(config, self.policy, tokenizer, self.format)
         self.model, self.reference = with_value_head(self.policy, config, config.seed), StartingPolicy(self.policy)
         self.optimizer = make_ppo_optimizer(self.model, config)
-        self.step, self.ema, self.tokens, self.kl_coef, self.first, self.told = 0, None, 0, config.init_kl_coef, None, set()
+        self.ema, self.tokens, self.kl_coef, self.first, self.told = None, 0, config.init_kl_coef, None, []
 
     def superbatch(self, step:int) -> tuple:
         "Sample, score, one PPO step; gives the record and the samples."
@@ -145,19 +146,20 @@ class PPOTrainer(SuperHFTrainer):
         signs = divergence_signs(record, self.first, self.config)
         new = [line for kind, line in signs.items() if kind not in self.told]
         if new: logging.getLogger("superhf").warning(f"PPO step {step} shows signs of divergence: {'; '.join(new)}")
-        self.told |= set(signs)
+        self.told += [kind for kind in signs if kind not in self.told]
         return "; ".join(signs.values())
 
+    def state(self) -> dict:
+        "The numbers that the next step depends on, beside weights and moments."
+        return dict(ema=self.ema, tokens=self.tokens, kl_coef=self.kl_coef, first=self.first, told=self.told)
+
     def save(self):
-        "Write a checkpoint of everything that the next step depends on."
-        state = dict(step=self.step, ema=self.ema, tokens=self.tokens, kl_coef=self.kl_coef, first=self.first)
-        return save_checkpoint(self.run, self.step, lambda folder: write_state(folder, self.model, self.optimizer, state))
+        "Write a checkpoint of everything that the next step depends on, the value head among it."
+        return save_checkpoint(self.run, self.step, lambda folder: write_state(folder, self.model, self.optimizer, self.state()))
 
     def resume(self):
         "Go back to the newest whole checkpoint, or to the start; records after it are cut off."
         self.step, folder = resume_point(self.run)
-        if folder:
-            state = read_state(folder, self.model, self.optimizer)
-            self.ema, self.tokens, self.kl_coef, self.first = (state[k] for k in ("ema", "tokens", "kl_coef", "first"))
+        if folder: vars(self).update(read_state(folder, self.model, self.optimizer))
         for path in (self.run.metrics, self.run.samples): rewind(path, self.step)
         return self
