@@ -211,14 +211,14 @@ def acting(layer:nn.Module, leaf:str) -> torch.Tensor:
         for adapter in layer.active_adapters: value = value + layer.get_delta_weight(adapter)
     return value
 
-# %% ../nbs/04_generation.ipynb #887f24cd
+# %% ../nbs/04_generation.ipynb #06ed6255
 class SamplingCopy:
     "A copy of the policy in another number format, packed on CPU, refreshed in place."
-    def __init__(self, policy, dtype:torch.dtype):
+    def __init__(self, policy, dtype:torch.dtype, packed:bool=True):
         plain = copy.deepcopy(policy)
         if hasattr(plain, "merge_and_unload"): plain = plain.merge_and_unload()
         self.model = plain.to(dtype).requires_grad_(False).eval()
-        if self.model.device.type == "cpu" and torch.backends.mkldnn.is_available(): pack_linears(self.model)
+        if packed and self.model.device.type == "cpu" and torch.backends.mkldnn.is_available(): pack_linears(self.model)
 
     @torch.no_grad()
     def refresh(self, policy):
