@@ -62,7 +62,7 @@ class SuperHFConfig:
 PRESETS = dict(
     paper={},
     demo=dict(model="demo", reward_model="demo", output_dir="runs/demo", superbatches=48, superbatch_size=16, max_new_tokens=48, prompt_order="balanced",
-              learning_rate=8e-5, warmup_superbatches=3, generation_batch_size=48, checkpoint_every=24))
+              learning_rate=8e-5, warmup_superbatches=3, generation_batch_size=16, checkpoint_every=24))
 
 # %% ../nbs/08_training.ipynb #44fc3408
 def learning_rate_at(step:int, # superbatch, counted from 1
