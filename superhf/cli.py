@@ -58,6 +58,7 @@ def say(error, cls) -> str:
     text = " ".join(str(error).split())
     hints = typing.get_type_hints(cls)
     if (m := re.search(r"[Uu]nrecognized arguments: (\S+)", text)): return unknown_option(m[1].partition("=")[0].lstrip("-").replace("-", "_"), hints).replace("_", "-")
+    if (m := re.search(r"File does not exist: '(.*)'", text)): return f"--config: there is no file {Path(m[1]).name!r} where it was looked for"
     if (m := re.search(r"Key '(\w+)' is not expected", text)): return unknown_option(m[1], hints)
     if (m := re.search(r'Parser key "(\w+)".*Got value: (.*)$', text)) and m[1] in hints:
         choices = next(f.metadata.get("choices") for f in fields(cls) if f.name == m[1])
