@@ -65,7 +65,7 @@ def read_pairs(path,            # JSON-lines file with `chosen` and `rejected`, 
         if fault == "pairs": pairs.append(Pair(prompt, a, b))
     return pairs
 
-# %% ../nbs/10_reward_judging.ipynb #e061e9e1
+# %% ../nbs/10_reward_judging.ipynb #8f30beec
 def read_scores(path,            # file with prompt, completion and the score's column
                 column:str,      # name of the score's column
                 report:Counter   # gets the counts
@@ -73,13 +73,14 @@ def read_scores(path,            # file with prompt, completion and the score's 
     "The usable rows of a file as a table `prompt, completion, score`."
     table = read_table(path, "prompt", "completion", column)[["prompt", "completion", column]].set_axis(["prompt", "completion", "score"], axis=1)
     score = pd.to_numeric(table.score, errors="coerce").astype(float)
-    finite, text = np.isfinite(score), table.completion.fillna("").astype(str).str.strip() != ""
-    once = ~table.duplicated(["prompt", "completion"])
+    table = pd.DataFrame(dict(prompt=table.prompt.astype(str), completion=table.completion.astype(object).fillna("").astype(str), score=score))
+    finite, text = np.isfinite(score), table.completion.str.strip() != ""
+    once = ~table[finite & text].duplicated(["prompt", "completion"])
     report["rows without a finite score"] += int((~finite).sum())
     report["rows with an empty completion"] += int((finite & ~text).sum())
-    report["repeated rows"] += int((finite & text & ~once).sum())
-    report["scored rows"] += int((finite & text & once).sum())
-    return table.assign(score=score)[finite & text & once].reset_index(drop=True)
+    report["repeated rows"] += int((~once).sum())
+    report["scored rows"] += int(once.sum())
+    return table[finite & text][once].reset_index(drop=True)
 
 # %% ../nbs/10_reward_judging.ipynb #4b6548bd
 def wilson(k:float, n:int, z:float=1.959964) -> tuple[float, float]:

@@ -305,9 +305,9 @@ def train_reward(config:RewardTrainingConfig) -> dict:
     (Path(config.output_dir)/"training.json").write_text(json.dumps(result, indent=1))
     return result
 
-# %% ../nbs/10_reward_modelling.ipynb #ac77ead2
-REWARD_PRESETS = {"demo": dict(score_column="rm_train", train_low=0.08, train_high=0.54),
-                  "demo-heldout": dict(score_column="rm_test", train_low=0.54, train_high=1.0)}
+# %% ../nbs/10_reward_modelling.ipynb #3fa83b5d
+REWARD_PRESETS = {"demo": dict(score_column="rm_train", train_low=0.08, train_high=0.54, steps=940, decay_steps=240),
+                  "demo-heldout": dict(score_column="rm_test", train_low=0.54, train_high=1.0, steps=890, decay_steps=240)}
 
 # %% ../nbs/10_reward_modelling.ipynb #fa1f7bac
 def reward_preset(name:str,                     # "demo" or "demo-heldout"
