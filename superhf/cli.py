@@ -47,7 +47,7 @@ def make_parser(command:Command):
     from jsonargparse import ArgumentParser
     parser = ArgumentParser(prog=f"superhf {command.name}", description=command.help, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with options; the command line wins over it")
-    if command.presets: parser.add_argument("--preset", type=typing.Literal[tuple(command.presets)], default=command.default_preset, help="set of defaults to start from")
+    if command.presets: parser.add_argument("--preset", type=typing.Literal[tuple(command.presets)] if command.default_preset else typing.Optional[typing.Literal[tuple(command.presets)]], default=command.default_preset, help="set of defaults to start from")
     add_options(parser, command.config)
     if command.resumes: parser.add_argument("--resume", type=typing.Optional[str], default=None, help="run folder to go on with, after a stop or a kill")
     return parser
@@ -286,7 +286,7 @@ def commands() -> dict:
     "All subcommands by name."
     from superhf.mixing import DataConfig
     from superhf.ppo import PRESETS as PPO_PRESETS, PPOConfig
-    from superhf.reward_modelling import RewardTrainingConfig
+    from superhf.reward_modelling import REWARD_PRESETS, RewardTrainingConfig, reward_preset
     from superhf.scoring import ScoreConfig
     from superhf.training import PRESETS, SuperHFConfig
     found = [Command("data", "Mix the paper's prompts or your own; print Table 1.", DataConfig, data_command, {}),
@@ -294,7 +294,8 @@ def commands() -> dict:
              Command("score", "Score completions with a reward model.", ScoreConfig, score_command, {}),
              Command("train", "Train a policy with SuperHF.", SuperHFConfig, train_command, PRESETS, "demo", resumes=True),
              Command("ppo", "Train a policy with PPO, the paper's baseline.", PPOConfig, ppo_command, PPO_PRESETS, "demo", resumes=True),
-             Command("train-reward", "Train a reward model from pairs, scores, or both.", RewardTrainingConfig, train_reward_command, {})]
+             Command("train-reward", "Train a reward model from pairs, scores, or both.", RewardTrainingConfig, train_reward_command,
+                     {name: asdict(reward_preset(name)) for name in REWARD_PRESETS})]
     return {c.name: c for c in found}
 
 # %% ../nbs/12_cli.ipynb #4a6525a2
