@@ -154,7 +154,7 @@ def adapt_kl_coef(kl_coef:float,  # β
     if error == error: error = min(max(error, -0.2), 0.2)
     return kl_coef*(1 + error*n/horizon)
 
-# %% ../nbs/09_ppo.ipynb #fb59548b
+# %% ../nbs/09_ppo.ipynb #685f4738
 @dataclass
 class PPOConfig:
     "Settings of a PPO run. The defaults are what the paper ran (Table 3, section 4.3)."
@@ -210,6 +210,12 @@ class PPOConfig:
     device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
     checkpoint_every: int = opt(20, "PPO steps between checkpoints; 0 is off", low=0)
     holdout: int = opt(24, "prompts kept out of training for the table before and after", low=0)
+    evaluate_every: int = opt(0, "PPO steps between evaluations on the held-out prompts; 0 is off", low=0)
+    stop_on: str = opt("none", "held-out ends the run at the peak of the held-out reward (of the validation reward model where there is one)", choices=["none", "held-out"])
+    patience: int = opt(3, "evaluations in a row without a better one before stop_on ends the run", low=1)
+    max_skipped: int = opt(10, "PPO steps in a row that may change nothing (no finite loss, gradient or score) before the run ends; 0 is no limit", low=0)
+    track: str|None = opt(None, "trackers to report to, separated by commas: tensorboard, trackio, wandb")
+    push_to_hub: str|None = opt(None, "hub repository that the final model is uploaded to; nothing is uploaded unless set")
     divergence_kl: float = opt(30.0, "report divergence above this KL to the start, nats per answer; 0 is off", low=0)
     divergence_entropy: float = opt(0.25, "report divergence when entropy falls below this share of the first step's; 0 is off", low=0, high=1)
     divergence_repetition: float = opt(0.3, "report divergence when this share of the text is repetition, beyond the first step's; 0 is off", low=0, high=1)

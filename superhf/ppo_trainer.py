@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PPO_GLOSSARY', 'responses', 'step_generator', 'batch_rows', 'make_ppo_optimizer', 'kl_per_token', 'PPOTrainer']
 
-# %% ../nbs/09d_ppo_trainer.ipynb #9de0458e
+# %% ../nbs/09d_ppo_trainer.ipynb #993467b8
 import logging, time
 from dataclasses import replace
 import torch
@@ -16,8 +16,8 @@ from .ppo import PPOConfig, Rows, check_ppo_config, lay_out, ppo_learning_rate
 from .ppo_checks import divergence_signs, self_checks, text_signs
 from .ppo_update import StartingPolicy, ppo_step, with_value_head
 from .prompts import get_format
-from .runs import RunFolder, RunLoop, peak_memory, read_state, resume_point, rewind, save_checkpoint, write_state
-from .training import GLOSSARY, Clock, SuperHFTrainer, make_sampler, prompts_of, sample, sample_rows
+from .runs import RunFolder, RunLoop, peak_memory
+from .training import GLOSSARY, Clock, SuperHFTrainer, check_stopping, make_sampler, prompts_of, sample, sample_rows
 
 # %% ../nbs/09d_ppo_trainer.ipynb #73bf839e
 def responses(prompts:list[str],           # one per completion
@@ -78,7 +78,7 @@ def kl_per_token(stats:dict, rows:Rows) -> float|None:
     "log π - log π_0 per answer token of the batch, in nats."
     return stats["objective/kl_dist"].sum().item()/rows.mask.sum().item() if "objective/kl_dist" in stats else None
 
-# %% ../nbs/09d_ppo_trainer.ipynb #dcb103cd
+# %% ../nbs/09d_ppo_trainer.ipynb #82926b87
 class PPOTrainer(SuperHFTrainer):
     "Trains a policy by PPO on the ground of SuperHF; every step is a line in the run folder."
     def __init__(self, config:PPOConfig, policy, tokenizer,
@@ -86,22 +86,18 @@ class PPOTrainer(SuperHFTrainer):
                  prompts:list[dict],           # to train on, with `prompt` and `source`
                  validation_reward_model=None, # only watches
                  run:RunFolder|None=None):     # where to record; nothing is written without
-        if not prompts: raise UserError("there are no prompts to train on")
         RunLoop.__init__(self, check_ppo_config(config), run)
-        self.tokenizer = tokenizer
-        self.reward_model, self.validation_reward_model, self.prompts = reward_model, validation_reward_model, prompts
-        self.policy = add_lora(policy, config.lora_rank) if config.lora_rank else policy
-        self.format = get_format(config.prompt_format, tokenizer)
-        self.sampler = make_sampler(config, self.policy, tokenizer, self.format)
+        check_stopping(config)
+        self.prepare(policy, tokenizer, reward_model, prompts, validation_reward_model)
         self.model, self.reference = with_value_head(self.policy, config, config.seed), StartingPolicy(self.policy)
         self.optimizer = make_ppo_optimizer(self.model, config)
-        self.ema, self.tokens, self.kl_coef, self.first, self.told = None, 0, config.init_kl_coef, None, []
+        self.kl_coef, self.first, self.told = config.init_kl_coef, None, []
 
     def superbatch(self, step:int) -> tuple:
         "Sample, score, one PPO step; gives the record and the samples."
         started, clock, c = time.perf_counter(), Clock(), self.config
         prompts = prompts_of(self.prompts, step, c.superbatch_prompts, c.seed)
-        with clock("generate"): completions = sample(self.sampler, prompts, c.superbatch_size, c.seed, step)
+        with clock("generate"): completions = sample(self.sampler, prompts, c.superbatch_size, c.seed, step, self.processes)
         each = [p["prompt"] for p in prompts for _ in range(c.superbatch_size//len(prompts))]
         prompt_ids, response_ids, texts = responses(each, completions, self.format, self.tokenizer, c)
         with clock("score"): scores, validation = self.score_texts(each, texts)
@@ -114,8 +110,11 @@ class PPOTrainer(SuperHFTrainer):
     def score_texts(self, prompts:list[str], texts:list[str]) -> tuple:
         "Scores of the reward model, and of the one that only watches."
         watch = self.validation_reward_model
-        as_tensor = lambda scores: torch.as_tensor(scores, dtype=torch.float32)
-        return as_tensor(self.reward_model(prompts, texts)), None if watch is None else as_tensor(watch(prompts, texts))
+        def together(reward):
+            mine = self.processes.share(len(texts))
+            scores = reward([prompts[i] for i in mine], [texts[i] for i in mine]) if mine else []
+            return torch.tensor(self.processes.gather(torch.as_tensor(scores, dtype=torch.float32).tolist()), dtype=torch.float32)
+        return together(self.reward_model), None if watch is None else together(watch)
 
     def update(self, step:int, prompt_ids, response_ids, scores) -> dict:
         "Self-checks before the first step; then one PPO step. Gives its statistics."
@@ -153,13 +152,6 @@ class PPOTrainer(SuperHFTrainer):
         "The numbers that the next step depends on, beside weights and moments."
         return dict(ema=self.ema, tokens=self.tokens, kl_coef=self.kl_coef, first=self.first, told=self.told)
 
-    def save(self):
-        "Write a checkpoint of everything that the next step depends on, the value head among it."
-        return save_checkpoint(self.run, self.step, lambda folder: write_state(folder, self.model, self.optimizer, self.state()))
-
-    def resume(self):
-        "Go back to the newest whole checkpoint, or to the start; records after it are cut off."
-        self.step, folder = resume_point(self.run)
-        if folder: vars(self).update(read_state(folder, self.model, self.optimizer))
-        for path in (self.run.metrics, self.run.samples): rewind(path, self.step)
-        return self
+    def trained(self):
+        "The policy with its value head."
+        return self.model

@@ -4,21 +4,28 @@
 
 # %% auto #0
 __all__ = ['append_lines', 'read_lines', 'rewind', 'versions', 'hardware', 'git_commit', 'peak_memory', 'RunFolder', 'sync',
-           'save_checkpoint', 'resume_point', 'write_state', 'read_state', 'RunLoop']
+           'sizes', 'is_whole', 'best_of', 'save_checkpoint', 'resume_point', 'write_state', 'read_state',
+           'Interrupted', 'interrupts', 'writing', 'RunLoop']
 
-# %% ../nbs/07_runs.ipynb #e540ee3f
-import json, os, platform, resource, shutil, subprocess, sys
+# %% ../nbs/07_runs.ipynb #cce719f5
+import json, logging, math, os, platform, resource, shutil, signal, subprocess, sys, threading
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 import torch, yaml
 from tqdm.auto import tqdm
 from .core import UserError
+from .processes import Processes
 
-# %% ../nbs/07_runs.ipynb #07a0dbf3
+# %% ../nbs/07_runs.ipynb #a8ba3733
 def append_lines(path:Path, records:list[dict]):
-    "Add one line of JSON per record to a file, and flush it."
-    with open(path, "a", encoding="utf-8") as f:
-        f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    "Add one line of JSON per record to a file, and flush it; where that fails the file is as it was."
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as f: f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    except OSError:
+        if path.exists(): os.truncate(path, size)
+        raise
 
 # %% ../nbs/07_runs.ipynb #771a66b8
 def read_lines(path:Path) -> list[dict]:
@@ -67,12 +74,13 @@ def peak_memory() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak*(1 if sys.platform == "darwin" else 1024)/2**30
 
-# %% ../nbs/07_runs.ipynb #36742aea
+# %% ../nbs/07_runs.ipynb #d8dce61e
 class RunFolder:
     "The files of one run."
     def __init__(self, path):
         self.path = Path(path)
         self.config, self.metrics, self.samples = self.path/"config.yaml", self.path/"metrics.jsonl", self.path/"samples.jsonl"
+        self.evaluations = self.path/"evaluations.jsonl"
         self.checkpoints, self.model, self.figures = self.path/"checkpoints", self.path/"model", self.path/"figures"
 
     def check_free(self):
@@ -103,28 +111,52 @@ def sync(folder:Path):
         try: os.fsync(fd)
         finally: os.close(fd)
 
-# %% ../nbs/07_runs.ipynb #4b7d4165
+# %% ../nbs/07_runs.ipynb #dc3fbc14
+def sizes(folder:Path) -> dict:
+    "Bytes of every file of a checkpoint, but for the list of sizes itself."
+    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != "sizes.json"}
+
+# %% ../nbs/07_runs.ipynb #30bf8656
+def is_whole(folder:Path) -> bool:
+    "Whether a checkpoint has all its files in full length."
+    try: return json.loads((folder/"sizes.json").read_text()) == sizes(folder)
+    except (OSError, ValueError): return False
+
+# %% ../nbs/07_runs.ipynb #40ddb6b9
+def best_of(folder:Path) -> int|None:
+    "The best step so far, as a checkpoint remembers it."
+    try: return (json.loads((folder/"state.json").read_text()).get("best") or {}).get("step")
+    except (OSError, ValueError): return None
+
+# %% ../nbs/07_runs.ipynb #0c298d3d
 def save_checkpoint(run:RunFolder,
                     step:int,    # the last finished superbatch
                     write,       # called with the folder to fill
-                    keep:int=2): # how many checkpoints stay
-    "Write a checkpoint beside, rename it to `step-000123`, and remove all but the newest `keep`."
+                    keep:int=2): # how many checkpoints stay, beside those that these call the best
+    "Write a checkpoint beside, rename it to `step-000123`, and remove old ones."
     run.checkpoints.mkdir(exist_ok=True)
-    beside, name = run.checkpoints/f".step-{step:06d}", run.checkpoints/f"step-{step:06d}"
-    for old in (beside, name): shutil.rmtree(old, ignore_errors=True)
-    beside.mkdir()
-    write(beside)
-    sync(beside)
-    beside.rename(name)
-    for old in sorted(run.checkpoints.glob("step-*"))[:-keep]: shutil.rmtree(old, ignore_errors=True)
-    return name
+    name = lambda step: run.checkpoints/f"step-{step:06d}"
+    beside = run.checkpoints/f".step-{step:06d}"
+    for old in (beside, name(step)): shutil.rmtree(old, ignore_errors=True)
+    try:
+        beside.mkdir()
+        write(beside)
+        (beside/"sizes.json").write_text(json.dumps(sizes(beside)))
+        sync(beside)
+    except BaseException: shutil.rmtree(beside, ignore_errors=True); raise
+    beside.rename(name(step))
+    kept = sorted(run.checkpoints.glob("step-*"))[-keep:]
+    for old in set(run.checkpoints.glob("step-*")) - {*kept, *(name(best_of(k) or 0) for k in kept)}: shutil.rmtree(old, ignore_errors=True)
+    return name(step)
 
-# %% ../nbs/07_runs.ipynb #a7624bf2
+# %% ../nbs/07_runs.ipynb #53e07942
 def resume_point(run:RunFolder) -> tuple:
-    "Step and folder of the newest checkpoint; (0, None) where there is none. Half-written ones are removed."
+    "Step and folder of the newest whole checkpoint; (0, None) where there is none. Half-written ones are removed."
     for torn in run.checkpoints.glob(".step-*"): shutil.rmtree(torn, ignore_errors=True)
-    found = sorted(run.checkpoints.glob("step-*"))
-    return (int(found[-1].name.removeprefix("step-")), found[-1]) if found else (0, None)
+    for folder in sorted(run.checkpoints.glob("step-*"), reverse=True):
+        if is_whole(folder): return int(folder.name.removeprefix("step-")), folder
+        logging.getLogger("superhf").warning(f"checkpoint {folder.name} is damaged and passed over")
+    return 0, None
 
 # %% ../nbs/07_runs.ipynb #2636784b
 def write_state(folder:Path, model, optimizer, state:dict):
@@ -149,39 +181,114 @@ def read_state(folder:Path, model, optimizer) -> dict:
     optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
     return json.loads((folder/"state.json").read_text())
 
-# %% ../nbs/07_runs.ipynb #db777e5f
+# %% ../nbs/07_runs.ipynb #a33d3b94
+class Interrupted(Exception):
+    "The run was asked to end, and has a checkpoint to go on from."
+
+# %% ../nbs/07_runs.ipynb #fb338a4b
+@contextmanager
+def interrupts():
+    "A list that holds the signals that asked for an end; a second one raises KeyboardInterrupt."
+    asked = []
+    def ask(number, frame):
+        if asked: raise KeyboardInterrupt
+        asked.append(number)
+        logging.getLogger("superhf").warning("finishing this superbatch and writing a checkpoint; once more ends at once")
+    if threading.current_thread() is not threading.main_thread(): yield asked; return
+    old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try: yield asked
+    finally:
+        for s, handler in old.items(): signal.signal(s, handler)
+
+# %% ../nbs/07_runs.ipynb #0daa93bf
+@contextmanager
+def writing(run:RunFolder, step:int):
+    "Errors while writing become a `UserError` that says what is safe."
+    from safetensors import SafetensorError
+    try: yield
+    except (OSError, SafetensorError) as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
+        raise UserError(f"cannot write to {str(run.path)!r} after superbatch {step}: {reason}. What was written is whole; make room and go on with --resume {run.path}") from e
+
+# %% ../nbs/07_runs.ipynb #dcfee1cf
 class RunLoop:
     "Runs `superbatch(step)` for all steps that are left, and keeps the run folder."
-    def __init__(self, config, run:RunFolder|None=None): self.config, self.run, self.step = config, run, 0
+    kept = ("skips", "best", "stale", "stopped")    # what the loop itself remembers in a checkpoint
+
+    def __init__(self, config, run:RunFolder|None=None):
+        self.config, self.run, self.processes = config, run, Processes()
+        self.step, self.skips, self.best, self.stale, self.stopped = 0, 0, None, 0, ""
+        self.evaluation, self.track = None, None    # functions: () -> numbers; (numbers, step) -> None
+
+    def option(self, name:str, default=0):
+        "A setting that not every method has."
+        return getattr(self.config, name, default)
 
     def train(self, progress:bool=True) -> list[dict]:
         "All superbatches that are left; gives their records."
         records, T = [], self.config.superbatches
-        with tqdm(total=T, initial=self.step, disable=not progress, unit="superbatch", dynamic_ncols=True) as bar:
-            while self.step < T:
+        with interrupts() as asked, tqdm(total=T, initial=self.step, disable=not (progress and self.processes.first), unit="superbatch", dynamic_ncols=True) as bar:
+            while self.step < T and not self.stopped:
                 record, samples = self.superbatch(self.step + 1)
                 self.step += 1
-                self.write(record, samples)
                 records.append(record)
+                self.after(record, samples, self.processes.any(bool(asked)))
                 bar.set_postfix_str(self.progress_text(record))
                 bar.update()
+        if self.option("stop_on", "none") == "held-out": self.back_to_best()
         return records
 
+    def after(self, record:dict, samples:list[dict], end:bool=False):
+        "What follows a superbatch: records, evaluation, checkpoint; and the end of the run where it is due."
+        self.skips = self.skips + 1 if record.get("skipped") else 0
+        self.write(record, samples)
+        if self.evaluation and self.option("evaluate_every") and self.step % self.config.evaluate_every == 0: self.evaluate()
+        due = self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0 or self.best and self.best["step"] == self.step
+        if self.run and (end or self.stopped or due and self.step < self.config.superbatches): self.save()
+        if end and self.step < self.config.superbatches: raise Interrupted(f"stopped after superbatch {self.step}" + (f"; go on with --resume {self.run.path}" if self.run else ""))
+        limit = self.option("max_skipped")
+        if limit and self.skips >= limit: raise UserError(f"{self.skips} superbatches in a row changed nothing, the last because {record['skipped']}")
+
     def write(self, record:dict, samples:list[dict]):
-        "Append to the run folder, and write a checkpoint when it is due."
-        if self.run is None: return
-        append_lines(self.run.samples, samples)
-        append_lines(self.run.metrics, [record])
-        every = self.config.checkpoint_every
-        if every and self.step % every == 0 and self.step < self.config.superbatches: self.save()
+        "Append to the run folder, and tell the trackers."
+        if not self.processes.first: return
+        if self.run:
+            with writing(self.run, self.step - 1):
+                append_lines(self.run.samples, samples)
+                append_lines(self.run.metrics, [record])
+        if self.track: self.track(record, self.step)
+
+    def evaluate(self):
+        "Numbers on the held-out prompts; remembers the best, and decides whether to stop."
+        record = dict(step=self.step) | self.evaluation()
+        if self.run and self.processes.first:
+            with writing(self.run, self.step): append_lines(self.run.evaluations, [record])
+        if self.track and self.processes.first: self.track({f"held_out/{k}": v for k, v in record.items() if k != "step"}, self.step)
+        if self.best is None or record["value"] > self.best["value"]: self.best, self.stale = dict(step=self.step, value=record["value"]), 0
+        else: self.stale += 1
+        if self.option("stop_on", "none") == "held-out" and self.stale >= self.option("patience", 3):
+            self.stopped = f"held-out reward has not risen since superbatch {self.best['step']}"
+
+    def trained(self):
+        "The module whose trained weights a checkpoint holds."
+        return self.policy
 
     def save(self):
         "Write a checkpoint of everything that the next superbatch depends on."
-        return save_checkpoint(self.run, self.step, lambda folder: write_state(folder, self.policy, self.optimizer, self.state()))
+        state = self.state() | {k: getattr(self, k) for k in self.kept}
+        if self.processes.first:
+            with writing(self.run, self.step): save_checkpoint(self.run, self.step, lambda folder: write_state(folder, self.trained(), self.optimizer, state))
+        self.processes.wait()
+
+    def back_to_best(self):
+        "Take the weights of the best checkpoint, unless they are the last."
+        if self.run and self.best and self.best["step"] < self.step: read_state(self.run.checkpoints/f"step-{self.best['step']:06d}", self.trained(), self.optimizer)
 
     def resume(self):
         "Go back to the newest whole checkpoint, or to the start; records after it are cut off."
         self.step, folder = resume_point(self.run)
-        if folder: vars(self).update(read_state(folder, self.policy, self.optimizer))
-        for path in (self.run.metrics, self.run.samples): rewind(path, self.step)
+        if folder: vars(self).update(read_state(folder, self.trained(), self.optimizer))
+        self.processes.wait()
+        if self.processes.first:
+            for path in (self.run.metrics, self.run.samples, self.run.evaluations): rewind(path, self.step)
         return self
