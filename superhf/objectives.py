@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['target_ids', 'collate', 'mean_per_row', 'completion_logps', 'spread_rows', 'row_losses', 'row_entropy', 'row_kl',
-           'penalized', 'backward_pass', 'accumulate', 'make_optimizer', 'optimizer_step', 'Reference', 'checkpointing']
+           'penalized', 'backward_pass', 'accumulate', 'make_optimizer', 'optimizer_step', 'Reference', 'mean_kl',
+           'checkpointing']
 
 # %% ../nbs/08a_objectives.ipynb #a56f4094
 import math
@@ -133,6 +134,15 @@ class Reference:
 
     def without_adapters(self, policy, inputs):
         with policy.disable_adapter(): return policy(**inputs)
+
+# %% ../nbs/08a_objectives.ipynb #56092dc1
+@torch.no_grad()
+def mean_kl(policy, reference, rows:list[tuple], batch:BatchSize, pad:int) -> float:
+    "KL(policy, reference) per completion token, mean over rows, in nats; nothing is trained."
+    def work(some):
+        ids, attention, targets = collate(some, pad, policy.device)
+        return row_kl(completion_logps(policy, ids, attention, targets), completion_logps(reference, ids, attention, targets), targets).tolist()
+    return sum(batch.run(work, rows))/len(rows)
 
 # %% ../nbs/08a_objectives.ipynb #d622ab53
 @contextmanager

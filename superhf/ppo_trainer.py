@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['PPO_GLOSSARY', 'responses', 'step_generator', 'batch_rows', 'make_ppo_optimizer', 'kl_per_token', 'PPOTrainer']
 
-# %% ../nbs/09d_ppo_trainer.ipynb #993467b8
+# %% ../nbs/09d_ppo_trainer.ipynb #9fdb7391
 import logging, time
 from dataclasses import replace
 import torch
 from .core import UserError
 from .generation import Completion
-from .models import add_lora, trainable
+from .models import trainable
 from .ppo import PPOConfig, Rows, check_ppo_config, lay_out, ppo_learning_rate
 from .ppo_checks import divergence_signs, self_checks, text_signs
-from .ppo_update import StartingPolicy, ppo_step, with_value_head
-from .prompts import get_format
+from .ppo_update import StartingPolicy, ppo_step, roll_out, with_value_head
 from .runs import RunFolder, RunLoop, peak_memory
-from .training import GLOSSARY, Clock, SuperHFTrainer, check_stopping, make_sampler, prompts_of, sample, sample_rows
+from .training import GLOSSARY, Clock, SuperHFTrainer, check_stopping, prompts_of, sample, sample_rows
 
 # %% ../nbs/09d_ppo_trainer.ipynb #73bf839e
 def responses(prompts:list[str],           # one per completion
@@ -78,7 +77,7 @@ def kl_per_token(stats:dict, rows:Rows) -> float|None:
     "log π - log π_0 per answer token of the batch, in nats."
     return stats["objective/kl_dist"].sum().item()/rows.mask.sum().item() if "objective/kl_dist" in stats else None
 
-# %% ../nbs/09d_ppo_trainer.ipynb #82926b87
+# %% ../nbs/09d_ppo_trainer.ipynb #a702d838
 class PPOTrainer(SuperHFTrainer):
     "Trains a policy by PPO on the ground of SuperHF; every step is a line in the run folder."
     def __init__(self, config:PPOConfig, policy, tokenizer,
@@ -125,6 +124,14 @@ class PPOTrainer(SuperHFTrainer):
         stats, self.kl_coef = ppo_step(self.model, self.reference, rows, self.optimizer, c, self.kl_coef, step_generator(c.seed, step))
         self.optimizer.zero_grad()
         return dict(skipped="", selected=int(rows.mask.any(1).sum())) | stats | {"kl": kl_per_token(stats, rows)}
+
+    def divergence(self, prompts, completions) -> float|None:
+        "log π - log π_0 per answer token, on answers that were not trained on."
+        each = [p["prompt"] for p in prompts for _ in range(len(completions)//len(prompts))]
+        prompt_ids, response_ids, _ = responses(each, completions, self.format, self.tokenizer, self.config)
+        rows = batch_rows(prompt_ids, response_ids, [0.0]*len(completions), self.tokenizer, self.policy.device)
+        roll = roll_out(self.model, self.reference, rows, 0.0, self.config)
+        return ((roll.logprobs - roll.ref_logprobs)*rows.mask).sum().item()/rows.mask.sum().item()
 
     def refuse(self, problems:list[str]):
         "End the run where a self-check found something."

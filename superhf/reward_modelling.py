@@ -20,7 +20,7 @@ from .models import trainable
 from .reward_models import RewardSettings, encode_pairs, new_reward_model, pad_rows, padded_length, pair_frame, save_reward_model, template_frame
 from .reward_judging import prompt_share, read_pairs, read_scores, spearman, spearman_within
 
-# %% ../nbs/10_reward_modelling.ipynb #edf54e3a
+# %% ../nbs/10_reward_modelling.ipynb #fbb5e1e3
 @dataclass
 class RewardTrainingConfig:
     "How a reward model is trained; the defaults made the two demo models."
@@ -35,27 +35,27 @@ class RewardTrainingConfig:
     pooling: str = opt("mean", "how token vectors become one", choices=["mean", "last"])
     template: str|None = opt(None, "text with {prompt} and {completion}; nothing = the tokenizer's pair encoding")
     max_length: int = opt(192, "tokens of prompt and completion together", low=8)
-    lora_rank: int = opt(16, "rank of the adapters on all linear layers; 0 trains every weight", low=0)
-    lora_alpha: float = opt(32.0, "adapters are multiplied by alpha / rank", above=0)
-    steps: int = opt(1200, "optimizer steps", low=1)
-    decay_steps: int = opt(300, "the learning rate falls linearly to zero over the last steps; before, it is constant", low=1)
+    lora_rank: int = opt(32, "rank of the adapters on all linear layers; 0 trains every weight", low=0)
+    lora_alpha: float = opt(64.0, "adapters are multiplied by alpha / rank", above=0)
+    steps: int = opt(3600, "optimizer steps", low=1)
+    decay_steps: int = opt(3570, "the learning rate falls linearly to zero over the last steps; before, it is constant", low=1)
     batch_rows: int = opt(32, "completions per optimizer step", low=2)
-    group_rows: int = opt(4, "completions of one prompt that come together, to be ranked among themselves", low=1)
+    group_rows: int = opt(8, "completions of one prompt that come together, to be ranked among themselves", low=1)
     prompt_rows: int = opt(32, "completions of one prompt per epoch at most", low=1)
-    learning_rate: float = opt(1e-3, "peak rate of the backbone or its adapters", above=0)
+    learning_rate: float = opt(4e-4, "peak rate of the backbone or its adapters", above=0)
     head_learning_rate: float = opt(1e-3, "peak rate of the head", above=0)
     warmup_steps: int = opt(30, "steps of linear warm-up", low=0)
     regression_weight: float = opt(1.0, "weight of the squared error of the standardized score", low=0)
-    ranking_weight: float = opt(0.5, "weight of the ranking loss within a prompt", low=0)
+    ranking_weight: float = opt(2.0, "weight of the ranking loss within a prompt", low=0)
     pair_weight: float = opt(1.0, "weight of the Bradley-Terry loss on human pairs", low=0)
     clip: float = opt(1.0, "largest norm of the gradient", above=0)
     seed: int = opt(0, "of the order of the rows and of the adapters' start", low=0)
     dtype: str = opt("bfloat16", "number format of the matrix products in training", choices=["float32", "bfloat16"])
     device: str = opt("cpu", "torch device")
     evaluate_every: int = opt(300, "steps between validations; 0 = only at the end", low=0)
-    validation_rows: int = opt(600, "scored rows for validation during training", low=2)
+    validation_rows: int = opt(1500, "scored rows for validation during training", low=2)
     patience: int = opt(0, "stop after this many validations without a better one; 0 = never", low=0)
-    checkpoint_every: int = opt(50, "steps between checkpoints; 0 = none", low=0)
+    checkpoint_every: int = opt(250, "steps between checkpoints; 0 = none", low=0)
     resume: bool = opt(False, "go on from the last checkpoint in output_dir")
 
 # %% ../nbs/10_reward_modelling.ipynb #663724c3
@@ -197,10 +197,10 @@ class Validation:
         s = self.scored.score.to_numpy(float)
         return result | dict(spearman=spearman(r[:n], s), spearman_within=spearman_within(r[:n], s, self.scored.prompt), mse=float(((r[:n] - s)**2).mean()))
 
-# %% ../nbs/10_reward_modelling.ipynb #04a2d3b9
+# %% ../nbs/10_reward_modelling.ipynb #ca896192
 def rate(step:int, config) -> float:
     "Share of the peak learning rate at `step`, counted from 0: linear up, constant, linear down."
-    return min(1.0, (step + 1) / max(1, config.warmup_steps), (config.steps - step) / config.decay_steps)
+    return min(1.0, (step + 1) / max(1, config.warmup_steps), (config.steps - step) / min(config.decay_steps, config.steps))
 
 # %% ../nbs/10_reward_modelling.ipynb #e7a5da43
 class RewardTrainer:
@@ -305,9 +305,9 @@ def train_reward(config:RewardTrainingConfig) -> dict:
     (Path(config.output_dir)/"training.json").write_text(json.dumps(result, indent=1))
     return result
 
-# %% ../nbs/10_reward_modelling.ipynb #3fa83b5d
-REWARD_PRESETS = {"demo": dict(score_column="rm_train", train_low=0.08, train_high=0.54, steps=940, decay_steps=240),
-                  "demo-heldout": dict(score_column="rm_test", train_low=0.54, train_high=1.0, steps=890, decay_steps=240)}
+# %% ../nbs/10_reward_modelling.ipynb #5d79ac33
+REWARD_PRESETS = {"demo": dict(score_column="rm_train", train_low=0.08, train_high=0.54),
+                  "demo-heldout": dict(score_column="rm_test", train_low=0.54, train_high=1.0)}
 
 # %% ../nbs/10_reward_modelling.ipynb #fa1f7bac
 def reward_preset(name:str,                     # "demo" or "demo-heldout"

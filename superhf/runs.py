@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['append_lines', 'read_lines', 'rewind', 'versions', 'hardware', 'git_commit', 'peak_memory', 'RunFolder', 'sync',
-           'sizes', 'is_whole', 'best_of', 'save_checkpoint', 'resume_point', 'write_state', 'read_state',
-           'Interrupted', 'interrupts', 'writing', 'RunLoop']
+           'sizes', 'is_whole', 'best_of', 'save_checkpoint', 'resume_point', 'write_state', 'read_state', 'interrupts',
+           'writing', 'RunLoop']
 
-# %% ../nbs/07_runs.ipynb #cce719f5
+# %% ../nbs/07_runs.ipynb #e8a54358
 import json, logging, math, os, platform, resource, shutil, signal, subprocess, sys, threading
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 import torch, yaml
 from tqdm.auto import tqdm
-from .core import UserError
+from .core import Interrupted, UserError
 from .processes import Processes
 
 # %% ../nbs/07_runs.ipynb #a8ba3733
@@ -180,10 +180,6 @@ def read_state(folder:Path, model, optimizer) -> dict:
         moments.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
     return json.loads((folder/"state.json").read_text())
-
-# %% ../nbs/07_runs.ipynb #a33d3b94
-class Interrupted(Exception):
-    "The run was asked to end, and has a checkpoint to go on from."
 
 # %% ../nbs/07_runs.ipynb #fb338a4b
 @contextmanager

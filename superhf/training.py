@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'GLOSSARY', 'TIMES', 'SuperHFConfig', 'learning_rate_at', 
            'sample', 'score', 'select', 'ema', 'score_stats', 'sample_stats', 'SuperHFTrainer', 'check_run',
            'check_stopping', 'average', 'make_sampler', 'Clock', 'sample_rows', 'progress_text']
 
-# %% ../nbs/08_training.ipynb #ef19e3e5
+# %% ../nbs/08_training.ipynb #b849cdab
 import math, time
 from dataclasses import dataclass, asdict
 import numpy as np, torch
@@ -15,7 +15,7 @@ from .core import UserError, opt, check_config
 from .generation import BatchSize, Completion, Sampler, SamplingConfig
 from .inference import sampling_dtype
 from .models import add_lora, trainable
-from .objectives import Reference, accumulate, checkpointing, make_optimizer, optimizer_step, target_ids
+from .objectives import Reference, accumulate, checkpointing, make_optimizer, mean_kl, optimizer_step, target_ids
 from .processes import Processes
 from .prompts import get_format
 from .runs import RunFolder, RunLoop, peak_memory
@@ -194,7 +194,7 @@ def sample_stats(completions:list[Completion]) -> dict:
     return {"length/mean": sum(len(c.ids) for c in completions)/n, "ended/share": sum(c.ended for c in completions)/n,
             "empty/share": sum(not c.text for c in completions)/n, "diversity": len({c.text for c in completions})/n}
 
-# %% ../nbs/08_training.ipynb #26206410
+# %% ../nbs/08_training.ipynb #0c2c4b54
 class SuperHFTrainer(RunLoop):
     "Trains a policy by SuperHF (section 3.1); every step is a line in the run folder."
     def __init__(self, config:SuperHFConfig, policy, tokenizer,
@@ -260,6 +260,13 @@ class SuperHFTrainer(RunLoop):
         self.processes.add_gradients(trainable(self.policy))
         norm = optimizer_step(self.policy, self.optimizer, learning_rate_at(step, c), c.max_grad_norm)
         return average(self.processes.gather([sums]), len(rows)) | dict(grad_norm=norm, skipped="" if math.isfinite(norm) else f"the gradient's norm is {norm}")
+
+    def divergence(self, prompts, completions) -> float|None:
+        "KL from the starting policy per token, on completions that were not trained on; None where it is not measured."
+        if not self.reference: return None
+        each, eos = len(completions)//len(prompts), self.tokenizer.eos_token_id
+        rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(c, eos)) for i, c in enumerate(completions) if c.ids]
+        return mean_kl(self.policy, self.reference.model(self.policy), rows, self.batches, self.tokenizer.pad_token_id)
 
     def record(self, step, prompts, completions, scores, validation, chosen, tuned) -> dict:
         "The line of metrics of one superbatch; `GLOSSARY` explains the keys."

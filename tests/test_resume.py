@@ -1,5 +1,9 @@
-"""Real processes, killed with SIGKILL at odd moments and resumed: the records and weights are those of a run never killed."""
-import json, os, random, signal, subprocess, sys, time
+"""Real processes, killed with SIGKILL at odd moments and resumed: the records and weights are those of a run never killed.
+
+Starting Python with its libraries takes most of the time of a short run. So one process imports them and makes the models, and forks the
+ones that are killed; the runs that need the command line go through it.
+"""
+import json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -10,8 +14,9 @@ from superhf.models import load_tokenizer
 from superhf.runs import read_lines
 from superhf.training import TIMES
 
+torch.set_num_threads(1)            # before the first fork: a fork has none of its parent's threads
 ROOT = Path(__file__).resolve().parents[1]
-SUPERBATCHES = 40
+SUPERBATCHES, KILLS = 48, 20
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -25,55 +30,147 @@ def model(tmp_path_factory):
     (folder/"myreward.py").write_text("def vowels(prompts, completions): return [sum(c in 'aeiou' for c in t)/(1 + len(t)) for t in completions]\n")
     return folder
 
-def command(model, *options):
-    "The command line of a short run."
-    return [sys.executable, "-c", "import sys; from superhf.cli import main; sys.exit(main())", "train", *map(str, options)]
-
-def options(model, run):
-    "Options of the run: float32 on CPU, a checkpoint every three superbatches."
-    return ["--model", model, "--reward-model", "myreward:vowels", "--output-dir", run, "--superbatches", SUPERBATCHES, "--superbatch-size", 4, "--max-new-tokens", 12, "--holdout", 4,
-            "--learning-rate", 1e-2, "--sampling-dtype", "policy", "--mixed-precision", "no", "--checkpoint-every", 3, "--device", "cpu"]
+def options(model, run, *more):
+    "Options of the run: float32 on CPU, a checkpoint every two superbatches, an evaluation every four."
+    return [*map(str, ["--model", model, "--reward-model", "myreward:vowels", "--output-dir", run, "--superbatches", SUPERBATCHES, "--superbatch-size", 4, "--max-new-tokens", 8, "--holdout", 4,
+            "--learning-rate", 1e-2, "--sampling-dtype", "policy", "--checkpoint-every", 2, "--evaluate-every", 4, "--put-back", "true", "--superbatch-prompts", 2, "--device", "cpu", *more])]
 
 def environment(model):
     "The project and the reward function can be imported."
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(model)]), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
+def superhf(model, *argv, **how):
+    "The command line in a process of its own."
+    return subprocess.run([sys.executable, "-m", "superhf.cli", *map(str, argv)], env=environment(model) | how.pop("env", {}), capture_output=True, text=True, **how)
+
+def fork(model, *argv) -> int:
+    "The command line in a fork of this process; gives its id."
+    child = os.fork()
+    if child: return child
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2): os.dup2(null, stream)
+        sys.path.insert(0, str(model))
+        from superhf.cli import main
+        os._exit(main(list(map(str, argv))))
+    except BaseException:
+        import traceback
+        (Path(model)/"traceback.txt").write_text(traceback.format_exc())
+        os._exit(99)
+
+def speak(fd:int):
+    "Let this fork's standard error be a file of its own."
+    os.dup2(fd, 2)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
+
+def ended(child) -> int:
+    "Wait for a fork; minus the signal that ended it, or its exit code."
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
 def finished(run):
-    "What must be equal: metrics without times, samples, weights, held-out samples."
+    "What must be equal: metrics without times, samples, evaluations, weights, held-out samples."
     metrics = [{k: v for k, v in r.items() if k not in TIMES} for r in read_lines(run/"metrics.jsonl")]
-    return metrics, (run/"samples.jsonl").read_bytes(), (run/"model"/"model.safetensors").read_bytes(), (run/"held_out_after.jsonl").read_bytes()
+    return metrics, *((run/name).read_bytes() for name in ("samples.jsonl", "evaluations.jsonl", "model/model.safetensors", "held_out_before.jsonl", "held_out_after.jsonl"))
 
-def wait_for(process, run, lines):
-    "Wait until the run has written so many metrics."
-    while process.poll() is None and len(read_lines(run/"metrics.jsonl")) < lines: time.sleep(0.005)
+def bytes_written(run) -> int:
+    "Size of all records and of the checkpoint being written: grows with every superbatch, line and file."
+    return sum(p.stat().st_size for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl") for p in run.glob(name))
 
-def test_killed_and_resumed_runs_are_equal(model, tmp_path):
-    whole, torn = tmp_path/"whole", tmp_path/"torn"
-    subprocess.run(command(model, *options(model, whole)), env=environment(model), check=True, capture_output=True)
-    luck, kills = random.Random(0), 0
-    start = options(model, torn)
-    for lines in (5, 16, 30):
-        process = subprocess.Popen(command(model, *start), env=environment(model), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wait_for(process, torn, lines)
-        time.sleep(luck.uniform(0, 0.2))
-        kills += process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        start = ["--resume", torn]
-    assert kills == 3
-    subprocess.run(command(model, *start), env=environment(model), check=True, capture_output=True)
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    "A run that nobody disturbs."
+    run = tmp_path_factory.mktemp("runs")/"whole"
+    assert ended(fork(model, "train", *options(model, run))) == 0
+    return run
+
+def test_killed_and_resumed_runs_are_equal(model, whole, tmp_path):
+    "Kills at random moments: a fraction of a superbatch after the run has moved on, or while a checkpoint is being written."
+    torn, luck, kills, while_saving = tmp_path/"torn", random.Random(0), 0, 0
+    start, seconds = options(model, torn), sum(r["time/total"] for r in read_lines(whole/"metrics.jsonl"))/SUPERBATCHES
+    while True:
+        before, child = bytes_written(torn), fork(model, "train", *start)
+        if kills >= KILLS: break
+        saving = kills % 3 == 2
+        while bytes_written(torn) <= before: time.sleep(0.001)
+        until = time.time() + luck.uniform(0, 2)*seconds
+        while time.time() < until or saving and time.time() < until + 1 and not list(torn.glob("checkpoints/.step-*")): time.sleep(0.0005)
+        while_saving += bool(list(torn.glob("checkpoints/.step-*")))
+        os.kill(child, signal.SIGKILL)
+        assert ended(child) == -signal.SIGKILL, "the run ended before it was killed"
+        kills += 1
+        start = ["--resume", torn] if (torn/"config.yaml").exists() else start
+        if kills == 5: torn_files(torn)
+    assert ended(child) == 0
+    assert while_saving
     for ours, theirs in zip(finished(torn), finished(whole)): assert ours == theirs
+
+def torn_files(run):
+    "What a crash of the machine leaves: half a line, and a checkpoint whose file is cut short."
+    with open(run/"metrics.jsonl", "ab") as f: f.write(b'{"step": 99, "rew')
+    checkpoints = sorted(run.glob("checkpoints/step-*"))
+    if len(checkpoints) > 1: os.truncate(checkpoints[-1]/"model.safetensors", 100)
+
+def test_asked_to_end(model, whole, tmp_path):
+    "SIGTERM finishes the superbatch and writes a checkpoint; the run goes on from there."
+    run = tmp_path/"run"
+    child = fork(model, "train", *options(model, run))
+    while len(read_lines(run/"metrics.jsonl")) < 5: time.sleep(0.01)
+    os.kill(child, signal.SIGTERM)
+    assert ended(child) == 130
+    done = len(read_lines(run/"metrics.jsonl"))
+    assert done < SUPERBATCHES and (run/f"checkpoints/step-{done:06d}").is_dir()
+    assert ended(fork(model, "train", "--resume", run)) == 0
+    for ours, theirs in zip(finished(run), finished(whole)): assert ours == theirs
+
+def test_full_disk(model, whole, tmp_path):
+    "Files may not grow beyond a limit: one line says so, and with room the run goes on as if nothing had been."
+    import resource
+    run = tmp_path/"run"
+    limit = (whole/"samples.jsonl").stat().st_size//2
+    weights = max(p.stat().st_size for p in whole.glob("checkpoints/*/*.safetensors"))
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        (tmp_path/"said").touch()
+        speak(os.open(tmp_path/"said", os.O_WRONLY))
+        sys.path.insert(0, str(model))
+        from superhf import runs
+        from superhf.cli import main
+        append, counted = runs.append_lines, []
+        def append_lines(path, records):
+            counted.append(path)
+            if len(counted) == 13: resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, resource.RLIM_INFINITY))
+            return append(path, records)
+        runs.append_lines = append_lines
+        os._exit(main(["train", *options(model, run)]))
+    assert ended(child) == 2
+    said = (tmp_path/"said").read_text().replace("\r", "\n").splitlines()[-1]
+    assert "cannot write to" in said and "File too large" in said and f"--resume {run}" in said
+    assert all(line.endswith(b"}\n") for name in ("metrics.jsonl", "samples.jsonl") for line in open(run/name, "rb"))
+    assert ended(fork(model, "train", "--resume", run)) == 0
+    for ours, theirs in zip(finished(run), finished(whole)): assert ours == theirs
 
 def test_other_options_are_refused(model, tmp_path):
     run = tmp_path/"run"
-    subprocess.run(command(model, *options(model, run), "--superbatches", 1), env=environment(model), check=True, capture_output=True)
+    assert ended(fork(model, "train", *options(model, run, "--superbatches", 1))) == 0
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    done = subprocess.run(command(model, "--resume", run, "--learning-rate", "5e-3"), env=environment(model), capture_output=True, text=True)
+    done = superhf(model, "train", "--resume", run, "--learning-rate", "5e-3")
     assert done.returncode == 2 and "learning_rate" in done.stderr and done.stderr.count("\n") == 1
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
-@pytest.mark.parametrize("wrong, part", [(["--model", "no/such/folder"], "no/such/folder"), (["--prompts", "missing.jsonl"], "missing.jsonl"), (["--superbatches", "-3"], "at least 1"), (["--superbatchs", "3"], "superbatches")])
-def test_wrong_input_is_one_line_and_writes_nothing(wrong, part, tmp_path):
-    done = subprocess.run([sys.executable, "-c", "import sys; from superhf.cli import main; sys.exit(main())", "train", "--output-dir", str(tmp_path/"run"), *wrong], env=environment(tmp_path), capture_output=True, text=True)
-    assert done.returncode == 2 and part in done.stderr and done.stderr.count("\n") == 1, done.stderr
+@pytest.mark.parametrize("wrong, part", [(["--model", "no/such/folder"], "no/such/folder"), (["--prompts", "missing.jsonl"], "missing.jsonl"), (["--superbatches", "-3"], "at least 1"), (["--superbatchs", "3"], "superbatches"),
+                                         (["--preset", "demoo"], "--preset must be one of paper, demo, got 'demoo'"), (["--track", "tensorbord"], "tensorbord"), (["--push-to-hub", "me/mine"], "HF_HUB_OFFLINE")])
+def test_wrong_input_is_one_line_and_writes_nothing(wrong, part, model, tmp_path):
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.chdir(tmp_path)
+        speak(write)
+        from superhf.cli import main
+        os._exit(main(["train", "--output-dir", str(tmp_path/"run"), *wrong]))
+    os.close(write)
+    with open(read) as f: said = f.read()
+    assert ended(child) == 2 and part in said and said.count("\n") == 1, said
     assert not list(tmp_path.iterdir())
