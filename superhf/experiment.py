@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'split_holdout', 'load_rewards', 'evaluate_kept', 'tracker_names', 'start_trackers', 'check_push', 'push',
-           'model_card', 'markdown_table', 'save_model', 'comparison_text', 'open_run', 'before_training',
+           'model_card', 'markdown_table', 'save_model', 'comparison_text', 'digits', 'open_run', 'before_training',
            'write_whole', 'run_method', 'finish']
 
-# %% ../nbs/11b_experiment.ipynb #d63ea270
+# %% ../nbs/11b_experiment.ipynb #45283b80
 import importlib.util, shutil
 from dataclasses import asdict
 from pathlib import Path
-import pandas as pd
+import pandas as pd, torch
 from .core import UserError, tell
 
 # %% ../nbs/11b_experiment.ipynb #09a26a72
@@ -36,14 +36,13 @@ def load_rewards(config) -> dict:
     if config.validation_reward_model: rewards["validation"] = load(config.validation_reward_model)
     return rewards
 
-# %% ../nbs/11b_experiment.ipynb #c8f1ce86
+# %% ../nbs/11b_experiment.ipynb #48684331
 def evaluate_kept(trainer, rewards:dict, kept:list[dict]) -> dict:
     "Mean rewards by name, KL per token, and `value`, on one sample of every held-out prompt."
     from superhf.training import sample, score, score_stats
     completions = sample(trainer.sampler, kept, len(kept), trainer.config.seed, 0, trainer.processes)
     means = {name: score_stats(score(reward, kept, completions, trainer.processes))["reward/mean"] for name, reward in rewards.items()}
-    value = means[list(means)[-1]]
-    return means | dict(kl=trainer.divergence(kept, completions), value=float("-inf") if value is None else value)
+    return means | dict(kl=trainer.divergence(kept, completions), value=means[list(means)[-1]])
 
 # %% ../nbs/11b_experiment.ipynb #6179eb4a
 TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
@@ -129,6 +128,11 @@ def comparison_text(table, pairs:list[dict], width:int=100) -> str:
     blocks = [f"{r['source']}: {' '.join(r['prompt'].split())}\n{wrap('before', r['before'])}\n{wrap('after', r['after'])}" for r in pairs]
     return "\nHeld-out prompts, before and after:\n" + shown + "\n\n" + "\n\n".join(blocks) + "\n"
 
+# %% ../nbs/11b_experiment.ipynb #15ef0e3a
+def digits(x:float|None) -> str:
+    "A number with three decimals; `unknown` where there is none."
+    return "unknown" if x is None else f"{x:.3f}"
+
 # %% ../nbs/11b_experiment.ipynb #959b97ae
 def open_run(path:str, config, preset, resume, processes):
     "The run folder: made by the first process, or found; what is wrong is an error in all."
@@ -160,13 +164,14 @@ def write_whole(path:Path, records:list[dict], processes):
     path.unlink(missing_ok=True)
     append_lines(path, records)
 
-# %% ../nbs/11b_experiment.ipynb #19b86dd3
+# %% ../nbs/11b_experiment.ipynb #848dc5ff
 def run_method(Trainer, config, preset=None, resume=None):
     "A training run of either method on its run folder, with held-out prompts sampled before and after."
     from superhf.data import load_prompts
     from superhf.models import load_policy
     from superhf.processes import Processes
     from superhf.runs import RunFolder
+    from superhf.training import score_stats
     processes, names = Processes(), tracker_names(config.track)
     check_push(config.push_to_hub)
     prompts, kept = split_holdout(load_prompts(config.prompts), config.holdout, config.seed)
@@ -178,13 +183,13 @@ def run_method(Trainer, config, preset=None, resume=None):
     if resume: trainer.resume()
     if kept: trainer.evaluation = lambda: evaluate_kept(trainer, rewards, kept)
     before = before_training(run, trainer, rewards, kept)
-    if before and trainer.step == 0: trainer.ema = sum(r["reward"] for r in before)/len(before)
+    if before and trainer.step == 0: trainer.ema = score_stats(torch.tensor([r["reward"] for r in before]))["reward/mean"]
     if names and processes.first: trainer.track, done = start_trackers(names, run, config)
     trainer.train()
     if names and processes.first: done()
     finish(run, trainer, rewards, prompts, kept, before)
 
-# %% ../nbs/11b_experiment.ipynb #799e7d09
+# %% ../nbs/11b_experiment.ipynb #fbeb4af8
 def finish(run, trainer, rewards:dict, prompts:list[dict], kept:list[dict], before:list[dict]):
     "Sample the held-out prompts again, draw the curve, save the model with its card, and say what changed."
     from collections import Counter
@@ -197,9 +202,9 @@ def finish(run, trainer, rewards:dict, prompts:list[dict], kept:list[dict], befo
     save_figure(reward_curve(metrics), run.figures/"reward_curve.png")
     save_model(run, trainer, model_card(trainer.config, changes, Counter(p["source"] for p in prompts)))
     if kept: tell(comparison_text(changes, side_by_side(before, after)))
-    if trainer.stopped: tell(f"{trainer.stopped}: stopped after superbatch {trainer.step}; model/ is that of superbatch {trainer.best['step']}")
-    tell(f"reward/ema {metrics[0]['reward/ema']:.3f} -> {metrics[-1]['reward/ema']:.3f} (standard deviation within superbatch 1: {metrics[0]['reward/std']:.3f})")
+    if trainer.stopped: tell(f"{trainer.stopped}: stopped after superbatch {trainer.step}; model/ is that of superbatch {(trainer.best or dict(step=trainer.step))['step']}")
+    tell(f"reward/ema {digits(metrics[0]['reward/ema'])} -> {digits(metrics[-1]['reward/ema'])} (standard deviation within superbatch 1: {digits(metrics[0]['reward/std'])})")
     tell(f"peak memory {peak_memory():.2f} GiB")
-    if trainer.config.push_to_hub: tell(push(trainer.config.push_to_hub, run.model))
     tell(f"run folder {run.path}: metrics.jsonl, samples.jsonl, figures/reward_curve.png, model/")
     trainer.processes.wait()
+    if trainer.config.push_to_hub: tell(push(trainer.config.push_to_hub, run.model))

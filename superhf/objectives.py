@@ -112,12 +112,12 @@ def make_optimizer(model, config) -> torch.optim.AdamW:
     groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=True)
 
-# %% ../nbs/08a_objectives.ipynb #d9973d77
-def optimizer_step(model, optimizer, learning_rate:float, max_norm:float) -> float:
-    "Clip, step, forget the gradients; gives the gradient's L2 norm before clipping. A norm that is not finite changes nothing."
+# %% ../nbs/08a_objectives.ipynb #3775415e
+def optimizer_step(model, optimizer, learning_rate:float, max_norm:float, loss:float=0.0) -> float:
+    "Clip, step, forget the gradients; gives the gradient's L2 norm before clipping. A norm or loss that is not finite changes nothing."
     norm = torch.nn.utils.clip_grad_norm_(trainable(model), max_norm or math.inf).item()
     for group in optimizer.param_groups: group["lr"] = learning_rate
-    if math.isfinite(norm): optimizer.step()
+    if math.isfinite(norm) and math.isfinite(loss): optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'GLOSSARY', 'TIMES', 'SuperHFConfig', 'learning_rate_at', 'epoch_order', 'prompts_of', 'draw_from',
            'sample', 'score', 'select', 'ema', 'score_stats', 'sample_stats', 'SuperHFTrainer', 'check_run',
-           'check_stopping', 'average', 'make_sampler', 'Clock', 'sample_rows', 'progress_text']
+           'check_stopping', 'average', 'not_finite', 'make_sampler', 'Clock', 'sample_rows', 'progress_text']
 
-# %% ../nbs/08_training.ipynb #b849cdab
+# %% ../nbs/08_training.ipynb #313f3bd5
 import math, time
 from dataclasses import dataclass, asdict
 import numpy as np, torch
@@ -19,7 +19,7 @@ from .objectives import Reference, accumulate, checkpointing, make_optimizer, me
 from .processes import Processes
 from .prompts import get_format
 from .runs import RunFolder, RunLoop, peak_memory
-from .scoring import Shaping, penalties, select_top_k
+from .scoring import Shaping, call_reward, penalties, select_top_k
 
 # %% ../nbs/08_training.ipynb #70b969c7
 @dataclass
@@ -129,13 +129,13 @@ def sample(sampler:Sampler, prompts:list[dict], size:int, seed:int, step:int, pr
     mine = processes.share(len(texts))
     return processes.gather(sampler([texts[i] for i in mine], seed, step, indices=mine))
 
-# %% ../nbs/08_training.ipynb #bae8edd8
+# %% ../nbs/08_training.ipynb #48b0cde4
 def score(reward_model, prompts:list[dict], completions:list[Completion], processes=None) -> torch.Tensor:
     "One score per completion, float32 [S]; the reward model sees the bare question and the cut text."
     each, processes = len(completions)//len(prompts), processes or Processes()
     mine = processes.share(len(completions))
-    scores = reward_model([prompts[i//each]["prompt"] for i in mine], [completions[i].text for i in mine]) if mine else []
-    return torch.tensor(processes.gather(torch.as_tensor(scores, dtype=torch.float32).tolist()), dtype=torch.float32)
+    scores = call_reward(reward_model, [prompts[i//each]["prompt"] for i in mine], [completions[i].text for i in mine])
+    return torch.tensor(processes.gather(scores.tolist()), dtype=torch.float32)
 
 # %% ../nbs/08_training.ipynb #fbcd51d5
 def select(scores:torch.Tensor, completions:list[Completion], k:int, superbatches:int=1, shaping:Shaping|None=None) -> list[int]:
@@ -194,7 +194,7 @@ def sample_stats(completions:list[Completion]) -> dict:
     return {"length/mean": sum(len(c.ids) for c in completions)/n, "ended/share": sum(c.ended for c in completions)/n,
             "empty/share": sum(not c.text for c in completions)/n, "diversity": len({c.text for c in completions})/n}
 
-# %% ../nbs/08_training.ipynb #0c2c4b54
+# %% ../nbs/08_training.ipynb #8c16d644
 class SuperHFTrainer(RunLoop):
     "Trains a policy by SuperHF (section 3.1); every step is a line in the run folder."
     def __init__(self, config:SuperHFConfig, policy, tokenizer,
@@ -228,6 +228,7 @@ class SuperHFTrainer(RunLoop):
         with clock("score"): scores, validation = self.score(prompts, completions)
         chosen = select(scores, completions, c.top_k, c.prompt_accumulation, self.shaping)
         with clock("finetune"): tuned = self.finetune(prompts, completions, chosen, step)
+        if tuned["skipped"]: chosen = []
         if c.put_back: self.put_back(prompts, len(completions)//len(prompts), chosen)
         record = self.record(step, prompts, completions, scores, validation, chosen, tuned)
         record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory()}
@@ -258,8 +259,9 @@ class SuperHFTrainer(RunLoop):
             sums = accumulate(self.policy, rows[self.processes.rank::self.processes.size], self.batches, self.tokenizer.pad_token_id, len(rows), mixed=c.mixed_precision == "bf16",
                               reference=self.reference.model(self.policy) if self.reference else None, kl_coef=c.kl_coef, inverse_loss=c.inverse_loss_penalty)
         self.processes.add_gradients(trainable(self.policy))
-        norm = optimizer_step(self.policy, self.optimizer, learning_rate_at(step, c), c.max_grad_norm)
-        return average(self.processes.gather([sums]), len(rows)) | dict(grad_norm=norm, skipped="" if math.isfinite(norm) else f"the gradient's norm is {norm}")
+        stats = average(self.processes.gather([sums]), len(rows))
+        norm = optimizer_step(self.policy, self.optimizer, learning_rate_at(step, c), c.max_grad_norm, stats["loss"])
+        return stats | dict(grad_norm=norm, skipped=not_finite({"loss": stats["loss"], "gradient's norm": norm}))
 
     def divergence(self, prompts, completions) -> float|None:
         "KL from the starting policy per token, on completions that were not trained on; None where it is not measured."
@@ -307,6 +309,11 @@ def average(sums:list[dict], n:int) -> dict:
     "Loss, entropy and KL per row, from the sums of all processes; None where nobody knows."
     known = lambda k: [s[k] for s in sums if s[k] is not None]
     return {k: sum(known(k))/n if known(k) else None for k in ("loss", "entropy", "kl")}
+
+# %% ../nbs/08_training.ipynb #2cf608fc
+def not_finite(numbers:dict) -> str:
+    "Names the first number that is NaN or infinite; empty where all are finite."
+    return next((f"the {name} is {x}" for name, x in numbers.items() if not math.isfinite(x)), "")
 
 # %% ../nbs/08_training.ipynb #e0472b91
 def make_sampler(config:SuperHFConfig, policy, tokenizer, format) -> Sampler:
