@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['default_of', 'add_options', 'Command', 'make_parser', 'say', 'parse', 'run_config', 'refuse_changes', 'train_command',
            'ppo_command', 'SampleConfig', 'sample_rows_of', 'best_ones', 'sample_command', 'data_command',
-           'score_command', 'train_reward_command', 'commands', 'usage', 'quiet', 'main']
+           'score_command', 'train_reward_command', 'sweep_command', 'commands', 'usage', 'quiet', 'main']
 
 # %% ../nbs/12_cli.ipynb #9e2a0b6b
 import argparse, logging, re, sys, typing, warnings
@@ -28,7 +28,7 @@ def add_options(parser, cls):
         several = dict(type=typing.get_args(kind)[0], nargs="+") if typing.get_origin(kind) is list else dict(type=kind)
         parser.add_argument("--" + f.name.replace("_", "-"), default=default_of(f), help=f.metadata["help"], **several)
 
-# %% ../nbs/12_cli.ipynb #c686b24f
+# %% ../nbs/12_cli.ipynb #a1502dc1
 @dataclass
 class Command:
     "A subcommand: its config class, its presets, and what it runs."
@@ -39,6 +39,7 @@ class Command:
     presets: dict
     default_preset: str|None = None
     resumes: bool = False         # whether --resume names a run folder
+    first: str = ""               # the option that the first argument without a name belongs to
 
 # %% ../nbs/12_cli.ipynb #287ad8c8
 def make_parser(command:Command):
@@ -190,19 +191,30 @@ def train_reward_command(config, **_):
     tell(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in last.items()))
     tell(f"reward model in {config.output_dir}")
 
-# %% ../nbs/12_cli.ipynb #03f1f62f
+# %% ../nbs/12_cli.ipynb #d1fc9ff7
+def sweep_command(config, **_):
+    "`superhf sweep FILE`: many runs, and a table over them."
+    from superhf.sweep import run_sweep
+    if not config.file: raise UserError("sweep needs a file that says what to run: superhf sweep FILE")
+    table = run_sweep(config)
+    tell(table.to_string(index=False, na_rep="", float_format=lambda x: f"{x:.4g}"))
+    if not config.dry_run and (table.state != "finished").any(): raise UserError(f"{int((table.state != 'finished').sum())} of {len(table)} runs did not finish; the same command tries them again")
+
+# %% ../nbs/12_cli.ipynb #7f1e1e5f
 def commands() -> dict:
     "All subcommands by name."
     from superhf.mixing import DataConfig
     from superhf.ppo import PRESETS as PPO_PRESETS, PPOConfig
     from superhf.reward_modelling import REWARD_PRESETS, RewardTrainingConfig, reward_preset
     from superhf.scoring import ScoreConfig
+    from superhf.sweep import SweepConfig
     from superhf.training import PRESETS, SuperHFConfig
     found = [Command("data", "Mix the paper's prompts or your own; print Table 1.", DataConfig, data_command, {}),
              Command("sample", "Draw completions of prompts.", SampleConfig, sample_command, {}),
              Command("score", "Score completions with a reward model.", ScoreConfig, score_command, {}),
              Command("train", "Train a policy with SuperHF.", SuperHFConfig, train_command, PRESETS, "demo", resumes=True),
              Command("ppo", "Train a policy with PPO, the paper's baseline.", PPOConfig, ppo_command, PPO_PRESETS, "demo", resumes=True),
+             Command("sweep", "Run either method with many settings and seeds.", SweepConfig, sweep_command, {}, first="file"),
              Command("train-reward", "Train a reward model from pairs, scores, or both.", RewardTrainingConfig, train_reward_command,
                      {name: asdict(reward_preset(name)) for name in REWARD_PRESETS})]
     return {c.name: c for c in found}
@@ -221,7 +233,7 @@ def quiet():
     transformers.logging.disable_progress_bar()
     logging.basicConfig(format="superhf: %(message)s")
 
-# %% ../nbs/12_cli.ipynb #f941dd71
+# %% ../nbs/12_cli.ipynb #815502f4
 def main(argv:list[str]|None=None) -> int:
     "The console command; gives the exit code."
     argv = sys.argv[1:] if argv is None else argv
@@ -230,7 +242,8 @@ def main(argv:list[str]|None=None) -> int:
     try:
         if argv[0] not in known: raise UserError(unknown_option(argv[0], known).replace("option", "command"))
         command = known[argv[0]]
-        config, preset, resume = parse(command, argv[1:])
+        named = [f"--{command.first}", argv[1]] + argv[2:] if command.first and argv[1:] and not argv[1].startswith("-") else argv[1:]
+        config, preset, resume = parse(command, named)
         quiet()
         command.run(config, preset=preset, resume=resume)
     except UserError as e:
