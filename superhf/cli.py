@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['default_of', 'add_options', 'Command', 'make_parser', 'say', 'parse', 'run_config', 'refuse_changes', 'train_command',
-           'ppo_command', 'SampleConfig', 'sample_rows_of', 'sample_command', 'data_command', 'score_command',
-           'train_reward_command', 'commands', 'usage', 'quiet', 'main']
+           'ppo_command', 'SampleConfig', 'sample_rows_of', 'best_ones', 'sample_command', 'data_command',
+           'score_command', 'train_reward_command', 'commands', 'usage', 'quiet', 'main']
 
 # %% ../nbs/12_cli.ipynb #9e2a0b6b
 import argparse, logging, re, sys, typing, warnings
@@ -111,13 +111,15 @@ def ppo_command(config, preset=None, resume=None):
     check_ppo_config(config)
     run_method(PPOTrainer, config, preset, resume)
 
-# %% ../nbs/12_cli.ipynb #e88afd6b
+# %% ../nbs/12_cli.ipynb #4c60d129
 @dataclass
 class SampleConfig:
     "Options of `superhf sample`."
     model: str = opt("demo", "policy: hub id, folder, or demo")
     prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, or demo")
     n: int = opt(16, "completions per prompt", low=1)
+    best_of: int = opt(1, "every completion is the best of this many, as the reward model sees it: best-of-n, the baseline without training", low=1)
+    reward_model: str = opt("demo", "reward model for best_of: hub id, folder, demo, or module:function")
     output: str = opt("", "JSON-lines file to write")
     prompt_format: str = opt("auto", "auto, paper (section 5.1), chat (the tokenizer's template), or a text with {prompt}")
     seed: int = opt(0, "decides every completion", low=0)
@@ -137,7 +139,16 @@ def sample_rows_of(prompts:list[dict], completions, n:int) -> list[dict]:
     "One record per completion, prompt by prompt."
     return [dict(prompt=prompts[i//n]["prompt"], source=prompts[i//n]["source"], completion=c.text, ended=c.ended, stop=c.stop) for i, c in enumerate(completions)]
 
-# %% ../nbs/12_cli.ipynb #cae987f2
+# %% ../nbs/12_cli.ipynb #b47fffcd
+def best_ones(prompts:list[str], completions, config:SampleConfig) -> list:
+    "The best of each run of `best_of` completions."
+    from superhf.models import pick_device
+    from superhf.scoring import Scorer
+    scores = Scorer(config.reward_model, device=pick_device(config.device))(prompts, [c.text for c in completions])
+    rank = lambda i: (float(scores[i]) if scores[i].isfinite() else -float("inf"), -i)
+    return [completions[max(range(at, at + config.best_of), key=rank)] for at in range(0, len(completions), config.best_of)]
+
+# %% ../nbs/12_cli.ipynb #edac1e00
 def sample_command(config:SampleConfig, **_):
     "`superhf sample`: n completions of every prompt, written beside and then renamed."
     from superhf.data import load_prompts
@@ -149,7 +160,9 @@ def sample_command(config:SampleConfig, **_):
     prompts = load_prompts(config.prompts)
     policy, tokenizer = load_policy(config.model, config.dtype, config.device, config.trust_remote_code)
     sampler = make_sampler(config, policy, tokenizer, get_format(config.prompt_format, tokenizer))
-    completions = sampler([p["prompt"] for p in prompts for _ in range(config.n)], config.seed, step=0)
+    each = [p["prompt"] for p in prompts for _ in range(config.n*config.best_of)]
+    completions = sampler(each, config.seed, step=0)
+    if config.best_of > 1: completions = best_ones(each, completions, config)
     write_rows(sample_rows_of(prompts, completions, config.n), config.output)
     tell(f"{len(completions)} completions of {len(prompts)} prompts in {config.output}")
 

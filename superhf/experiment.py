@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRACKERS', 'split_holdout', 'load_rewards', 'evaluate_kept', 'tracker_names', 'start_trackers', 'check_push', 'push',
            'model_card', 'markdown_table', 'save_model', 'comparison_text', 'digits', 'open_run', 'before_training',
-           'write_whole', 'run_method', 'finish']
+           'write_whole', 'run_method', 'watch_for_gaming', 'finish']
 
 # %% ../nbs/11b_experiment.ipynb #45283b80
 import importlib.util, shutil
@@ -189,7 +189,21 @@ def run_method(Trainer, config, preset=None, resume=None):
     if names and processes.first: done()
     with writing(run, trainer.step): finish(run, trainer, rewards, prompts, kept, before)
 
-# %% ../nbs/11b_experiment.ipynb #fbeb4af8
+# %% ../nbs/11b_experiment.ipynb #555a460f
+def watch_for_gaming(run, metrics:list[dict], reward) -> str:
+    "Write `gaming.json` and the figures of the gaming report; gives its text."
+    import json
+    from superhf.evaluation import save_figure
+    from superhf.gaming import gaming_report, gaming_text, plot_best_of_k, plot_over_optimisation
+    from superhf.runs import read_lines
+    report = gaming_report(read_lines(run.samples), metrics, read_lines(run.evaluations), reward)
+    plain = {k: v.to_dict("records") if isinstance(v, pd.DataFrame) else v for k, v in report.items()}
+    (run.path/"gaming.json").write_text(json.dumps(plain, indent=1, default=float))
+    if len(report["best_of_k"]): save_figure(plot_best_of_k(report["best_of_k"]), run.figures/"best_of_k.png")
+    if len(report["over_optimisation"]): save_figure(plot_over_optimisation(report["over_optimisation"]), run.figures/"over_optimisation.png")
+    return gaming_text(report)
+
+# %% ../nbs/11b_experiment.ipynb #b321aac6
 def finish(run, trainer, rewards:dict, prompts:list[dict], kept:list[dict], before:list[dict]):
     "Sample the held-out prompts again, draw the curve, save the model with its card, and say what changed."
     from collections import Counter
@@ -200,8 +214,10 @@ def finish(run, trainer, rewards:dict, prompts:list[dict], kept:list[dict], befo
     write_whole(run.path/"held_out_after.jsonl", after, trainer.processes)
     metrics, changes = read_lines(run.metrics), compare(before, after, rewards) if kept else None
     save_figure(reward_curve(metrics), run.figures/"reward_curve.png")
+    signs = watch_for_gaming(run, metrics, rewards["reward"])
     save_model(run, trainer, model_card(trainer.config, changes, Counter(p["source"] for p in prompts)))
     if kept: tell(comparison_text(changes, side_by_side(before, after)))
+    tell(signs)
     if trainer.stopped: tell(f"{trainer.stopped}: stopped after superbatch {trainer.step}; model/ is that of superbatch {(trainer.best or dict(step=trainer.step))['step']}")
     tell(f"reward/ema {digits(metrics[0]['reward/ema'])} -> {digits(metrics[-1]['reward/ema'])} (standard deviation within superbatch 1: {digits(metrics[0]['reward/std'])})")
     tell(f"peak memory {peak_memory():.2f} GiB")

@@ -7,11 +7,12 @@ __all__ = ['PRESETS', 'GLOSSARY', 'TIMES', 'SuperHFConfig', 'learning_rate_at', 
            'sample', 'score', 'select', 'ema', 'score_stats', 'sample_stats', 'SuperHFTrainer', 'check_run',
            'check_stopping', 'average', 'not_finite', 'make_sampler', 'Clock', 'sample_rows', 'progress_text']
 
-# %% ../nbs/08_training.ipynb #313f3bd5
+# %% ../nbs/08_training.ipynb #0bab158c
 import math, time
 from dataclasses import dataclass, asdict
 import numpy as np, torch
 from .core import UserError, opt, check_config
+from .gaming import superbatch_signs
 from .generation import BatchSize, Completion, Sampler, SamplingConfig
 from .inference import sampling_dtype
 from .models import add_lora, trainable
@@ -145,7 +146,7 @@ def select(scores:torch.Tensor, completions:list[Completion], k:int, superbatche
     size = len(texts)//superbatches
     return [at + i for at in range(0, len(texts), size) for i in select_top_k(scores[at:at + size], texts[at:at + size], k)]
 
-# %% ../nbs/08_training.ipynb #333b19fb
+# %% ../nbs/08_training.ipynb #cfe6dd77
 GLOSSARY = {
     "step": "superbatch, counted from 1",
     "source": "where the prompt comes from (Table 1); of the first prompt when there are several",
@@ -164,6 +165,9 @@ GLOSSARY = {
     "ended/share": "share of completions that ended by themselves",
     "empty/share": "share of completions without any text; should stay near 0",
     "diversity": "share of different texts among the completions; 1 is all different",
+    "reward/best_of_4": "expected best score of four of the superbatch's completions, estimated from all S ([gaming](06a_gaming.ipynb)); what lies between it and reward/mean is what selecting among four buys",
+    "diversity/distinct": "different word pairs / all word pairs of the superbatch; should stay near its start",
+    "diversity/overlap": "share of its word pairs that a completion has in common with another, mean over pairs; 1 when all are the same; should stay near its start",
     "selected": "number of completions trained on; 0 when the superbatch was skipped",
     "skipped": "why the superbatch changed nothing; empty otherwise",
     "tokens/generated": "tokens sampled since the start of the run",
@@ -194,7 +198,7 @@ def sample_stats(completions:list[Completion]) -> dict:
     return {"length/mean": sum(len(c.ids) for c in completions)/n, "ended/share": sum(c.ended for c in completions)/n,
             "empty/share": sum(not c.text for c in completions)/n, "diversity": len({c.text for c in completions})/n}
 
-# %% ../nbs/08_training.ipynb #8c16d644
+# %% ../nbs/08_training.ipynb #24e443d3
 class SuperHFTrainer(RunLoop):
     "Trains a policy by SuperHF (section 3.1); every step is a line in the run folder."
     def __init__(self, config:SuperHFConfig, policy, tokenizer,
@@ -280,7 +284,7 @@ class SuperHFTrainer(RunLoop):
         return dict(step=step, source=prompts[0]["source"]) | stats | {"reward/best": best(scores), "reward/ema": self.ema,
             "reward_val/mean": watched["reward_val/mean"], "reward_val/best": best(validation),
             "loss": tuned.get("loss"), "kl": tuned.get("kl"), "entropy": tuned.get("entropy"), "grad_norm": tuned.get("grad_norm"),
-            "lr": learning_rate_at(step, self.config)} | sample_stats(completions) | {"selected": len(chosen), "skipped": tuned["skipped"], "tokens/generated": self.tokens}
+            "lr": learning_rate_at(step, self.config)} | sample_stats(completions) | superbatch_signs([c.text for c in completions], scores) | {"selected": len(chosen), "skipped": tuned["skipped"], "tokens/generated": self.tokens}
 
     def state(self) -> dict:
         "The numbers that the next superbatch depends on, beside weights and moments."

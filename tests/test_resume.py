@@ -172,3 +172,20 @@ def test_wrong_input_is_one_line_and_writes_nothing(wrong, part, model, tmp_path
     with open(read) as f: said = f.read()
     assert ended(child) == 2 and part in said and said.count("\n") == 1, said
     assert not list(tmp_path.iterdir())
+
+def test_ppo_killed_and_resumed(model, tmp_path):
+    "The baseline lives in the same run folder: killed at random moments, it ends with the same bytes, value head and KL coefficient included."
+    def argv(run): return ["--model", model, "--reward-model", "myreward:vowels", "--output-dir", run, "--preset", "repaired", "--superbatches", 10, "--superbatch-size", 4, "--superbatch-prompts", 2, "--minibatch-size", 2,
+                           "--max-new-tokens", 6, "--holdout", 4, "--evaluate-every", 5, "--learning-rate", 1e-3, "--sampling-dtype", "policy", "--checkpoint-every", 2, "--device", "cpu", "--warmup-superbatches", 2]
+    whole, torn, luck = tmp_path/"whole", tmp_path/"torn", random.Random(1)
+    assert ended(fork(model, "ppo", *argv(whole))) == 0
+    start = argv(torn)
+    for kill in range(5):
+        before, child = bytes_written(torn), fork(model, "ppo", *start)
+        while bytes_written(torn) <= before: time.sleep(0.001)
+        time.sleep(luck.uniform(0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        assert ended(child) == -signal.SIGKILL
+        start = ["--resume", torn]
+    assert ended(fork(model, "ppo", *start)) == 0
+    for ours, theirs in zip(finished(torn), finished(whole)): assert ours == theirs
