@@ -164,13 +164,13 @@ def write_whole(path:Path, records:list[dict], processes):
     path.unlink(missing_ok=True)
     append_lines(path, records)
 
-# %% ../nbs/11b_experiment.ipynb #848dc5ff
+# %% ../nbs/11b_experiment.ipynb #3ef1ee1c
 def run_method(Trainer, config, preset=None, resume=None):
     "A training run of either method on its run folder, with held-out prompts sampled before and after."
     from superhf.data import load_prompts
     from superhf.models import load_policy
     from superhf.processes import Processes
-    from superhf.runs import RunFolder
+    from superhf.runs import RunFolder, writing
     from superhf.training import score_stats
     processes, names = Processes(), tracker_names(config.track)
     check_push(config.push_to_hub)
@@ -182,12 +182,12 @@ def run_method(Trainer, config, preset=None, resume=None):
     run = open_run(resume or config.output_dir, config, preset, resume, processes)
     if resume: trainer.resume()
     if kept: trainer.evaluation = lambda: evaluate_kept(trainer, rewards, kept)
-    before = before_training(run, trainer, rewards, kept)
+    with writing(run, trainer.step): before = before_training(run, trainer, rewards, kept)
     if before and trainer.step == 0: trainer.ema = score_stats(torch.tensor([r["reward"] for r in before]))["reward/mean"]
     if names and processes.first: trainer.track, done = start_trackers(names, run, config)
     trainer.train()
     if names and processes.first: done()
-    finish(run, trainer, rewards, prompts, kept, before)
+    with writing(run, trainer.step): finish(run, trainer, rewards, prompts, kept, before)
 
 # %% ../nbs/11b_experiment.ipynb #555a460f
 def watch_for_gaming(run, metrics:list[dict], reward) -> str:

@@ -81,7 +81,7 @@ def peak_memory() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak*(1 if sys.platform == "darwin" else 1024)/2**30
 
-# %% ../nbs/07_runs.ipynb #780ba02b
+# %% ../nbs/07_runs.ipynb #a58f123f
 class RunFolder:
     "The files of one run."
     def __init__(self, path):
@@ -98,11 +98,13 @@ class RunFolder:
     def create(self, config, **about):
         "Start a run: make the folder and write down what was asked for; a folder in use is refused."
         self.check_free()
-        self.path.mkdir(parents=True, exist_ok=True)
         record = dict(config=asdict(config), versions=versions(), hardware=hardware(), git_commit=git_commit(), **about)
         beside = self.path/".config.yaml"
-        beside.write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
-        os.replace(beside, self.config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            beside.write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+            os.replace(beside, self.config)
+        except OSError as e: raise UserError(f"cannot make the run folder {str(self.path)!r}: {e.strerror}; name another --output-dir") from e
         return self
 
     def read_config(self) -> dict:

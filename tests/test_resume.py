@@ -43,14 +43,16 @@ def superhf(model, *argv, **how):
     "The command line in a process of its own."
     return subprocess.run([sys.executable, "-m", "superhf.cli", *map(str, argv)], env=environment(model) | how.pop("env", {}), capture_output=True, text=True, **how)
 
-def fork(model, *argv) -> int:
-    "The command line in a fork of this process; gives its id."
+def fork(model, *argv, said=os.devnull, **env) -> int:
+    "The command line in a fork of this process, its errors written to the file `said`; gives its id."
     child = os.fork()
     if child: return child
     try:
         os.setsid()
+        os.environ.update(env)
         null = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2): os.dup2(null, stream)
+        for stream in (0, 1): os.dup2(null, stream)
+        speak(os.open(said, os.O_WRONLY | os.O_CREAT))
         sys.path.insert(0, str(model))
         from superhf.cli import main
         os._exit(main(list(map(str, argv))))
@@ -123,31 +125,27 @@ def test_asked_to_end(model, whole, tmp_path):
     assert ended(fork(model, "train", "--resume", run)) == 0
     for ours, theirs in zip(finished(run), finished(whole)): assert ours == theirs
 
-def test_full_disk(model, whole, tmp_path):
-    "Files may not grow beyond a limit: one line says so, and with room the run goes on as if nothing had been."
+@pytest.mark.parametrize("function, call", [("append_lines", 13), ("save_checkpoint", 3)])
+def test_full_disk(function, call, model, whole, tmp_path):
+    "From some line or checkpoint on files may not grow: one line says so, and with room the run goes on as if nothing had been."
     import resource
-    run = tmp_path/"run"
-    limit = (whole/"samples.jsonl").stat().st_size//2
-    weights = max(p.stat().st_size for p in whole.glob("checkpoints/*/*.safetensors"))
-    child = os.fork()
-    if not child:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        (tmp_path/"said").touch()
-        speak(os.open(tmp_path/"said", os.O_WRONLY))
-        sys.path.insert(0, str(model))
-        from superhf import runs
-        from superhf.cli import main
-        append, counted = runs.append_lines, []
-        def append_lines(path, records):
-            counted.append(path)
-            if len(counted) == 13: resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, resource.RLIM_INFINITY))
-            return append(path, records)
-        runs.append_lines = append_lines
-        os._exit(main(["train", *options(model, run)]))
+    from superhf import runs
+    run, write, calls = tmp_path/"run", getattr(runs, function), []
+    def limited(place, *rest):
+        calls.append(place)
+        if len(calls) == call:
+            size = place.stat().st_size + 20 if function == "append_lines" else 10_000
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        return write(place, *rest)
+    setattr(runs, function, limited)
+    try: child = fork(model, "train", *options(model, run), said=tmp_path/"said")
+    finally: setattr(runs, function, write)
     assert ended(child) == 2
     said = (tmp_path/"said").read_text().replace("\r", "\n").splitlines()[-1]
     assert "cannot write to" in said and "File too large" in said and f"--resume {run}" in said
     assert all(line.endswith(b"}\n") for name in ("metrics.jsonl", "samples.jsonl") for line in open(run/name, "rb"))
+    assert not list(run.glob("checkpoints/.step-*")) and all(map(runs.is_whole, run.glob("checkpoints/step-*")))
     assert ended(fork(model, "train", "--resume", run)) == 0
     for ours, theirs in zip(finished(run), finished(whole)): assert ours == theirs
 
