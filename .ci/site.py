@@ -7,7 +7,7 @@ Nothing is installed or rendered here. Quarto writes a page where its `output-fi
 core.html, and the links between functions count on that); smalldocs names a page after its notebook, so its copy has
 the notebooks renamed and the links to them changed.
 """
-import json, re, shutil, sys
+import ast, json, re, shutil, sys
 from pathlib import Path
 
 from nbdev.config import get_config
@@ -19,19 +19,27 @@ def lost_prose(cells):
     titles = [s for c in cells if c["cell_type"] == "markdown" and re.search(r"^#\s+\S", s := "".join(c["source"]), flags=re.M)]
     return [line for line in titles[0].splitlines() if line.strip() and not re.match(r"#\s|>|- \S+:\s", line)] if titles else []
 
-def check_titles(folder):
-    "Stop where the cell with a notebook's title holds prose too."
+def mixed_imports(cells):
+    "The first lines of cells that import and do more: nbdev would run them whole while it makes the page, without the cells before them."
+    tests = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    tests = [s for s in tests if "nbdev_export()" not in s and not re.search(r"^#\|\s*(export|exports|exporti|exec_doc|eval:\s*false)\b|^[%!]", s, flags=re.M)]
+    nodes = {s: {type(n) for n in ast.walk(ast.parse(s))} for s in tests}
+    return [s.splitlines()[0] for s in tests if nodes[s] & {ast.Import, ast.ImportFrom} and nodes[s] & {ast.Expr, ast.Assign}]
+
+def check_cells(folder):
+    "Stop where the cell with a notebook's title holds prose too, or a cell imports and does more."
     for path in names(folder):
-        lost = lost_prose(json.loads((folder/path).read_text(encoding="utf-8"))["cells"])
-        if lost: sys.exit(f"{path}: this stands in the cell with the title and would not be on the page; give it a cell of its own: {lost[0]!r}")
+        cells = json.loads((folder/path).read_text(encoding="utf-8"))["cells"]
+        for line in lost_prose(cells): sys.exit(f"{path}: this stands in the cell with the title and would not be on the page; give it a cell of its own: {line!r}")
+        for line in mixed_imports(cells): sys.exit(f"{path}: the cell that begins with {line!r} imports and does more; give the imports a cell of their own")
 
 def process():
     "Write nbdev.yml and sidebar.yml, and the processed notebooks; return their folder."
-    check_titles(get_config().nbs_path)
+    check_cells(get_config().nbs_path)
     refresh_quarto_yml()
     nbdev_sidebar.__wrapped__()
     try: cache = proc_nbs(n_workers=2, force=True)
-    except Exception as e: sys.exit(f"{e}\nThe pages are made from the exported cells and the cells with imports alone: such a cell holds nothing else.")
+    except Exception as e: sys.exit(f"{e}\nThe pages are made from the exported cells and the cells with imports alone.")
     unprocessed = [p for p in names(get_config().nbs_path) if not (cache/p).exists()]
     if unprocessed: sys.exit(f"not processed: {', '.join(map(str, unprocessed))}")
     return cache

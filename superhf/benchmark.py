@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['BenchmarkConfig', 'policy_for', 'reward_for', 'median_seconds', 'matrix_rate', 'read_rate', 'machine_limits',
            'matrix_weights', 'cache_bytes', 'sampling_limit', 'update_limit', 'by_generate', 'by_plain_loop', 'Endless',
-           'prompt_of', 'row', 'sampling_works', 'sampling_rows', 'scoring_rows', 'superbatch_rows', 'add_ratios',
-           'run_benchmark', 'table_text', 'main']
+           'prompt_of', 'row', 'sampling_works', 'sampling_rows', 'scoring_rows', 'superbatch_rows', 'ppo_rows',
+           'add_ratios', 'run_benchmark', 'table_text', 'main']
 
-# %% ../nbs/14_benchmark.ipynb #9faf5a53
+# %% ../nbs/14_benchmark.ipynb #729fd355
 import copy, json, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch, pandas as pd
 from .core import UserError, opt
-from .generation import Completion, Sampler, SamplingConfig, sampling_dtype
+from .drawing import SamplingConfig
+from .generation import BatchSize, Completion, Sampler
+from .inference import sampling_dtype
 from .models import SHAPES, load_policy, number_tokenizer, pick_device, random_policy, random_shape
 from .prompts import get_format
 from .runs import hardware, peak_memory, versions
@@ -207,6 +209,25 @@ def superbatch_rows(c:BenchmarkConfig, policy, tokenizer, reward, limits:dict) -
     rows = [row("superbatch", records["time/total"].median(), n*c.max_new_tokens, sum(parts.values()), policy.device)]
     return rows + [row(f"  of it {k}", records[f"time/{k}"].median(), limit=limit, device=policy.device) for k, limit in parts.items()]
 
+# %% ../nbs/14_benchmark.ipynb #31752e35
+def ppo_rows(c:BenchmarkConfig, policy, tokenizer, reward) -> list[dict]:
+    "Median seconds of a PPO step on S prompts, and of sampling + scoring + 4 epochs of forward and backward."
+    from superhf.objectives import accumulate
+    from superhf.ppo import ppo_config
+    from superhf.ppo_trainer import PPOTrainer
+    config = ppo_config("demo", model=c.model, reward_model=c.reward_model, superbatches=c.repeats + 1, superbatch_size=c.superbatch_size, superbatch_prompts=c.superbatch_size, max_new_tokens=c.max_new_tokens,
+                        minibatch_size=min(8, c.superbatch_size), generation_batch_size=c.superbatch_size, sampling_dtype=c.sampling_dtype, device=c.device, holdout=0, self_checks=False)
+    format = get_format("auto", tokenizer)
+    prompts = [dict(source="benchmark", prompt=prompt_of(format, tokenizer, c.prompt_tokens - i % 4)) for i in range(c.superbatch_size)]
+    trainer = PPOTrainer(config, policy, tokenizer, reward, prompts)
+    trainer.sampler.rule = Endless(trainer.sampler.rule)
+    records = pd.DataFrame(trainer.train(progress=False)[1:])
+    rows = [(format.encode(p["prompt"], tokenizer), format.encode(p["prompt"], tokenizer)[:1]*c.max_new_tokens) for p in prompts]
+    def pass_over(): accumulate(trainer.policy, rows, BatchSize(config.finetuning_batch_size, ""), tokenizer.pad_token_id); trainer.policy.zero_grad()
+    epoch = median_seconds(dict(epoch=pass_over), c.repeats, policy.device)["epoch"]
+    budget = records["time/generate"].median() + records["time/score"].median() + config.ppo_epochs*epoch
+    return [row("PPO step", records["time/total"].median(), c.superbatch_size*c.max_new_tokens, device=policy.device), row("  sampling + scoring + 4 epochs", budget, device=policy.device)]
+
 # %% ../nbs/14_benchmark.ipynb #984e5e75
 def add_ratios(rows:list[dict]) -> pd.DataFrame:
     "The table with `times_generate` and `times_loop`: how many times as long the others take for the same sampling."
@@ -217,7 +238,7 @@ def add_ratios(rows:list[dict]) -> pd.DataFrame:
         table[name] = [first/r.seconds if first and r.stage.startswith("sampling") else None for r in table.itertuples()]
     return table
 
-# %% ../nbs/14_benchmark.ipynb #a4a11d45
+# %% ../nbs/14_benchmark.ipynb #0f84972d
 def run_benchmark(c:BenchmarkConfig) -> dict:
     "All measurements: `table`, `limits`, and where they were made."
     device = pick_device(c.device)
@@ -225,6 +246,7 @@ def run_benchmark(c:BenchmarkConfig) -> dict:
     policy, tokenizer = policy_for(c)
     reward = reward_for(c)
     rows = sampling_rows(c, policy, tokenizer, limits) + scoring_rows(c, reward, policy, tokenizer) + superbatch_rows(c, policy, tokenizer, reward, limits)
+    if c.ppo: rows += ppo_rows(c, *policy_for(c), reward)
     report = dict(config=asdict(c), date=time.strftime("%Y-%m-%d"), hardware=hardware(), versions=versions(), limits=limits, table=add_ratios(rows).to_dict("records"))
     if c.output: Path(c.output).write_text(json.dumps(report, indent=1))
     return report

@@ -124,3 +124,12 @@ def test_prose_beside_a_title_is_found():
     lost = tool("site").lost_prose
     assert lost([cell("# Title\n> subtitle\n\n- order: 3\n"), cell("Prose.\n# Another\nmore")]) == []
     assert lost([cell("# Title\n> subtitle\n\nProse that would be lost.")]) == ["Prose that would be lost."]
+
+def test_imports_beside_other_code_are_found():
+    cell = lambda text: {"cell_type": "code", "source": text}
+    mixed = tool("site").mixed_imports
+    assert mixed([cell("#| export\nimport re\nx = 1"), cell("import re"), cell("x = 1"), cell("#| eval: false\nimport re\nx = 1"), cell('w = "import re"')]) == []
+    assert mixed([cell("import re\nx = 1"), cell("def f():\n    import re\n    return re.escape('.')"), cell("def f():\n    import re\n    f()")]) == ["import re", "def f():"]
+
+def test_every_notebook_has_its_whole_page():
+    tool("site").check_cells(ROOT/"nbs")

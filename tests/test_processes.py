@@ -96,3 +96,12 @@ def test_no_waiting_for_ever(how, patience, model, whole, tmp_path):
     assert said.startswith("superhf: error: process 0 waited in vain") and f"{patience} s" in said
     assert ended(fork(model, "train", "--resume", run)) == 0
     same_run(run, whole)
+
+def test_ppo_together(model, tmp_path):
+    "PPO shares sampling and scoring, and every process makes the whole update: the run of one process."
+    def argv(run): return ["ppo", "--preset", "repaired", "--model", str(model), "--reward-model", "myreward:vowels", "--output-dir", str(run), "--superbatches", "4", "--superbatch-size", "6", "--superbatch-prompts", "3",
+                           "--minibatch-size", "3", "--max-new-tokens", "6", "--holdout", "3", "--learning-rate", "1e-3", "--sampling-dtype", "policy", "--evaluate-every", "2", "--device", "cpu"]
+    one, many = tmp_path/"one", tmp_path/"many"
+    assert ended(fork(model, *argv(one))) == 0
+    assert [ended(p) for p in together(model, [argv(many)]*2)] == [0, 0]
+    same_run(many, one)
