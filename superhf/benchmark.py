@@ -8,7 +8,7 @@ __all__ = ['BenchmarkConfig', 'policy_for', 'reward_for', 'median_seconds', 'mat
            'prompt_of', 'row', 'sampling_works', 'sampling_rows', 'scoring_rows', 'superbatch_rows', 'ppo_rows',
            'add_ratios', 'run_benchmark', 'table_text', 'main']
 
-# %% ../nbs/14_benchmark.ipynb #729fd355
+# %% ../nbs/14_benchmark.ipynb #1be943b1
 import copy, json, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch, pandas as pd
 from .core import UserError, opt
 from .drawing import SamplingConfig
 from .generation import BatchSize, Completion, Sampler
-from .inference import sampling_dtype
+from .inference import multiplies_in_bfloat16, sampling_dtype
 from .models import SHAPES, load_policy, number_tokenizer, pick_device, random_policy, random_shape
 from .prompts import get_format
 from .runs import hardware, peak_memory, versions
@@ -209,7 +209,7 @@ def superbatch_rows(c:BenchmarkConfig, policy, tokenizer, reward, limits:dict) -
     rows = [row("superbatch", records["time/total"].median(), n*c.max_new_tokens, sum(parts.values()), policy.device)]
     return rows + [row(f"  of it {k}", records[f"time/{k}"].median(), limit=limit, device=policy.device) for k, limit in parts.items()]
 
-# %% ../nbs/14_benchmark.ipynb #31752e35
+# %% ../nbs/14_benchmark.ipynb #87f956af
 def ppo_rows(c:BenchmarkConfig, policy, tokenizer, reward) -> list[dict]:
     "Median seconds of a PPO step on S prompts, and of sampling + scoring + 4 epochs of forward and backward."
     from superhf.objectives import accumulate
@@ -223,7 +223,7 @@ def ppo_rows(c:BenchmarkConfig, policy, tokenizer, reward) -> list[dict]:
     trainer.sampler.rule = Endless(trainer.sampler.rule)
     records = pd.DataFrame(trainer.train(progress=False)[1:])
     rows = [(format.encode(p["prompt"], tokenizer), format.encode(p["prompt"], tokenizer)[:1]*c.max_new_tokens) for p in prompts]
-    def pass_over(): accumulate(trainer.policy, rows, BatchSize(config.finetuning_batch_size, ""), tokenizer.pad_token_id); trainer.policy.zero_grad()
+    def pass_over(): accumulate(trainer.policy, rows, BatchSize(config.finetuning_batch_size, ""), tokenizer.pad_token_id, mixed=multiplies_in_bfloat16(config.mixed_precision, policy.device)); trainer.policy.zero_grad()
     epoch = median_seconds(dict(epoch=pass_over), c.repeats, policy.device)["epoch"]
     budget = records["time/generate"].median() + records["time/score"].median() + config.ppo_epochs*epoch
     return [row("PPO step", records["time/total"].median(), c.superbatch_size*c.max_new_tokens, device=policy.device), row("  sampling + scoring + 4 epochs", budget, device=policy.device)]

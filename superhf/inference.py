@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAME_INPUT', 'RowLayer', 'fill_holes', 'decode_attention', 'register_attention', 'decoding', 'Packed', 'PackedLinear',
-           'pack_linears', 'acting', 'SamplingCopy', 'sampling_dtype']
+           'pack_linears', 'acting', 'SamplingCopy', 'native_bfloat16', 'multiplies_in_bfloat16', 'sampling_dtype']
 
 # %% ../nbs/03b_inference.ipynb #a43ac6a3
 import copy
@@ -160,7 +160,18 @@ class SamplingCopy:
             for leaf, p in layer.named_parameters(recurse=False): p.copy_(now(path, leaf))
         return self.model
 
-# %% ../nbs/03b_inference.ipynb #90e0ad07
+# %% ../nbs/03b_inference.ipynb #1cc8023d
+def native_bfloat16(device) -> bool:
+    "Whether a device multiplies bfloat16 natively."
+    return torch.cuda.is_bf16_supported() if torch.device(device).type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+
+# %% ../nbs/03b_inference.ipynb #88639ec1
+def multiplies_in_bfloat16(mixed_precision:str, # `no`, `bf16`, or `auto`: bf16 where it is native
+                           device) -> bool:
+    "Whether the passes in training multiply in bfloat16; weights, losses and sums stay as they are."
+    return mixed_precision == "bf16" or mixed_precision == "auto" and native_bfloat16(device)
+
+# %% ../nbs/03b_inference.ipynb #cf703dd3
 def sampling_dtype(name:str,         # `auto`, `policy`, or a format
                    policy            # the model in training
                   ) -> torch.dtype:
@@ -168,5 +179,4 @@ def sampling_dtype(name:str,         # `auto`, `policy`, or a format
     from superhf.models import as_dtype
     if name not in ("auto", "policy"): return as_dtype(name)
     if name == "policy" or policy.dtype != torch.float32: return policy.dtype
-    native = torch.cuda.is_bf16_supported() if policy.device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else policy.dtype
+    return torch.bfloat16 if native_bfloat16(policy.device) else policy.dtype

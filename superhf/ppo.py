@@ -154,7 +154,7 @@ def adapt_kl_coef(kl_coef:float,  # β
     if error == error: error = min(max(error, -0.2), 0.2)
     return kl_coef*(1 + error*n/horizon)
 
-# %% ../nbs/09_ppo.ipynb #685f4738
+# %% ../nbs/09_ppo.ipynb #bead332d
 @dataclass
 class PPOConfig:
     "Settings of a PPO run. The defaults are what the paper ran (Table 3, section 4.3)."
@@ -206,7 +206,7 @@ class PPOConfig:
     lora_rank: int = opt(0, "rank of LoRA adapters; 0 trains all weights", low=0)
     dtype: str = opt("float32", "number format of the trained weights", choices=["float32", "bfloat16"])
     sampling_dtype: str = opt("auto", "number format to sample in: auto takes bfloat16 where it is native", choices=["auto", "policy", "float32", "bfloat16", "float16"])
-    mixed_precision: str = opt("no", "number format of matrix products in training (no: that of the weights)", choices=["no", "bf16"])
+    mixed_precision: str = opt("no", "number format of matrix products in training (no: that of the weights; auto: bfloat16 where it is native)", choices=["no", "bf16", "auto"])
     device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
     checkpoint_every: int = opt(20, "PPO steps between checkpoints; 0 is off", low=0)
     holdout: int = opt(24, "prompts kept out of training for the table before and after", low=0)
@@ -223,11 +223,11 @@ class PPOConfig:
     self_checks: bool = opt(True, "before the first update test ratio, KL, mask, prompt and accumulation")
     trust_remote_code: bool = opt(False, "run code that a hub model brings along")
 
-# %% ../nbs/09_ppo.ipynb #b92239f7
+# %% ../nbs/09_ppo.ipynb #c49d1844
 PRESETS = dict(paper={}, repaired=dict(repeat_prompt=False, whiten="batch", minibatch_size=8, value_dropout=0.0, value_init="zero",
                                        max_grad_norm=1.0, horizon=640.0, warmup_from_zero=False))
 PRESETS["demo"] = dict(PRESETS["repaired"], model="demo", reward_model="demo", output_dir="runs/ppo-demo", superbatches=60, superbatch_size=16,
-                       superbatch_prompts=16, max_new_tokens=48, generation_batch_size=16, checkpoint_every=30)
+                       superbatch_prompts=16, max_new_tokens=48, generation_batch_size=16, checkpoint_every=30, mixed_precision="auto")
 
 # %% ../nbs/09_ppo.ipynb #cba9a20a
 def ppo_config(preset:str="repaired", # `paper`, `repaired`, or `demo`: the repaired one with the embedded models

@@ -6,10 +6,11 @@
 __all__ = ['REPEATED', 'check_mask', 'check_prompt_once', 'check_ratio', 'check_kl', 'gradient_print', 'check_accumulation',
            'self_checks', 'repetition_share', 'text_signs', 'divergence_signs']
 
-# %% ../nbs/09c_ppo_checks.ipynb #79734a1d
+# %% ../nbs/09c_ppo_checks.ipynb #d0ec77d8
 import re
 from dataclasses import replace
 import torch
+from .inference import multiplies_in_bfloat16
 from .ppo import PPOConfig, Rows, gae, lay_out
 from .ppo_update import forward_rows, minibatch_gradient, roll_out, step_advantages
 
@@ -67,12 +68,12 @@ def check_accumulation(model, roll, c:PPOConfig,
     off = ((whole - pieces).abs().max()/whole[0].max().clamp(min=1e-30)).item() if whole.numel() else 0
     if not off <= tolerance: return f"accumulation: a minibatch in pieces has another gradient than in one piece, off by {off:.2g}"
 
-# %% ../nbs/09c_ppo_checks.ipynb #38405c4e
+# %% ../nbs/09c_ppo_checks.ipynb #557fe6c4
 def self_checks(model, reference,
                 rows:Rows, prompts, answers, # the first batch, and the ids that it was made of
                 c:PPOConfig) -> list[str]:
     "What PPO assumes and does not hold before the first update; empty where all is well."
-    exact = c.mixed_precision == "no" and next(model.parameters()).dtype != torch.bfloat16
+    exact = not multiplies_in_bfloat16(c.mixed_precision, rows.ids.device) and next(model.parameters()).dtype != torch.bfloat16
     tolerance = 1e-3 if exact else 0.3
     signs = torch.where(torch.arange(len(rows), device=rows.scores.device) % 2 == 0, 1., -1.).to(rows.scores.dtype)
     roll = roll_out(model, reference, replace(rows, scores=signs), c.init_kl_coef, c)  # scores of our own: theirs may be all equal, or NaN

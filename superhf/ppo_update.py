@@ -8,12 +8,13 @@ __all__ = ['SeededDropout', 'ValueHead', 'read_positions', 'PolicyWithValue', 'w
            'clip_gradient', 'update_minibatch', 'draw_order', 'rollout_stats', 'average_stats', 'rollout_problem',
            'ppo_step']
 
-# %% ../nbs/09b_ppo_update.ipynb #37149629
+# %% ../nbs/09b_ppo_update.ipynb #6db2afe3
 import copy, math
 from contextlib import nullcontext
 from dataclasses import dataclass
 import torch
 from torch import nn
+from .inference import multiplies_in_bfloat16
 from .ppo import (PPOConfig, Rows, adapt_kl_coef, entropy, gae, masked_mean, masked_var, policy_losses, token_logprobs,
                          token_rewards, value_losses, whiten)
 
@@ -100,10 +101,10 @@ class Rollout(Rows):
     rewards: torch.Tensor      # r
     kl_part: torch.Tensor      # the part of r that is the KL price
 
-# %% ../nbs/09b_ppo_update.ipynb #14b57f7e
+# %% ../nbs/09b_ppo_update.ipynb #9a38c961
 def autocast(c:PPOConfig, device):
     "The context for forward passes: bfloat16 matrix products where `mixed_precision` asks for them."
-    return torch.autocast(device.type, torch.bfloat16) if c.mixed_precision == "bf16" else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if multiplies_in_bfloat16(c.mixed_precision, device) else nullcontext()
 
 # %% ../nbs/09b_ppo_update.ipynb #f2b4e8b6
 def forward_rows(model,           # `PolicyWithValue` or `StartingPolicy`
