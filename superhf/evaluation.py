@@ -12,7 +12,7 @@ from pathlib import Path
 from .core import UserError
 from .runs import RunFolder, read_lines
 
-# %% ../nbs/11_evaluation.ipynb #64a4095e
+# %% ../nbs/11_evaluation.ipynb #83310995
 def held_out(sampler,                  # `superhf.generation.Sampler`
              reward_models:dict,       # name -> callable (prompts, completions) -> scores
              prompts:list[dict],       # with `prompt` and `source`
@@ -20,7 +20,8 @@ def held_out(sampler,                  # `superhf.generation.Sampler`
              seed:int=0) -> list[dict]:
     "Records of `n` completions per prompt with a score by each reward model; superbatch 0 stands for held-out."
     each = [p for p in prompts for _ in range(n)]
-    completions = sampler([p["prompt"] for p in each], seed, step=0)
+    indices = [i + j*len(prompts) for i in range(len(prompts)) for j in range(n)]
+    completions = sampler([p["prompt"] for p in each], seed, step=0, indices=indices)
     texts = [c.text for c in completions]
     scores = {name: rm([p["prompt"] for p in each], texts) for name, rm in reward_models.items()}
     return [dict(source=p["source"], prompt=p["prompt"], completion=c.text, ended=c.ended, tokens=len(c.ids),
