@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['default_of', 'add_options', 'Command', 'make_parser', 'say', 'parse', 'run_config', 'refuse_changes', 'train_command',
            'ppo_command', 'SampleConfig', 'sample_rows_of', 'best_ones', 'sample_command', 'data_command',
-           'score_command', 'train_reward_command', 'sweep_command', 'commands', 'usage', 'quiet', 'main']
+           'score_command', 'train_reward_command', 'sweep_command', 'evaluation_commands', 'commands', 'usage',
+           'quiet', 'named_first', 'main']
 
 # %% ../nbs/12_cli.ipynb #9e2a0b6b
 import argparse, logging, re, sys, typing, warnings
@@ -200,7 +201,17 @@ def sweep_command(config, **_):
     tell(table.to_string(index=False, na_rep="", float_format=lambda x: f"{x:.4g}"))
     if not config.dry_run and (table.state != "finished").any(): raise UserError(f"{int((table.state != 'finished').sum())} of {len(table)} runs did not finish; the same command tries them again")
 
-# %% ../nbs/12_cli.ipynb #7f1e1e5f
+# %% ../nbs/12_cli.ipynb #017072a3
+def evaluation_commands() -> list:
+    "The commands that look at what training made."
+    from superhf.comparison import CompareConfig, compare_command
+    from superhf.report import ReportConfig, report_command
+    from superhf.tasks import EvaluateConfig, evaluate_command
+    return [Command("evaluate", "Table 4's tasks for any policies, with intervals and paired tests.", EvaluateConfig, evaluate_command, {}),
+            Command("compare", "Rewards and win rates of several policies on the same prompts.", CompareConfig, compare_command, {}),
+            Command("report", "One HTML page about one or several runs.", ReportConfig, report_command, {}, first="run")]
+
+# %% ../nbs/12_cli.ipynb #10ce6c32
 def commands() -> dict:
     "All subcommands by name."
     from superhf.mixing import DataConfig
@@ -217,7 +228,7 @@ def commands() -> dict:
              Command("sweep", "Run either method with many settings and seeds.", SweepConfig, sweep_command, {}, first="file"),
              Command("train-reward", "Train a reward model from pairs, scores, or both.", RewardTrainingConfig, train_reward_command,
                      {name: asdict(reward_preset(name)) for name in REWARD_PRESETS})]
-    return {c.name: c for c in found}
+    return {c.name: c for c in found + evaluation_commands()}
 
 # %% ../nbs/12_cli.ipynb #4a6525a2
 def usage(known:dict) -> str:
@@ -233,7 +244,12 @@ def quiet():
     transformers.logging.disable_progress_bar()
     logging.basicConfig(format="superhf: %(message)s")
 
-# %% ../nbs/12_cli.ipynb #815502f4
+# %% ../nbs/12_cli.ipynb #8d96312e
+def named_first(command:Command, argv:list[str]) -> list[str]:
+    "Give the arguments in front of the options the name of the option that they belong to."
+    return [f"--{command.first}", *argv] if command.first and argv and not argv[0].startswith("-") else argv
+
+# %% ../nbs/12_cli.ipynb #26adcd15
 def main(argv:list[str]|None=None) -> int:
     "The console command; gives the exit code."
     argv = sys.argv[1:] if argv is None else argv
@@ -242,8 +258,7 @@ def main(argv:list[str]|None=None) -> int:
     try:
         if argv[0] not in known: raise UserError(unknown_option(argv[0], known).replace("option", "command"))
         command = known[argv[0]]
-        named = [f"--{command.first}", argv[1]] + argv[2:] if command.first and argv[1:] and not argv[1].startswith("-") else argv[1:]
-        config, preset, resume = parse(command, named)
+        config, preset, resume = parse(command, named_first(command, argv[1:]))
         quiet()
         command.run(config, preset=preset, resume=resume)
     except UserError as e:
