@@ -44,13 +44,15 @@ def loop_figure(ax=None):
     ax.text(6, 0.25, "the next prompt, the policy a little better", ha="center", fontsize=9, color="0.3")
     return ax
 
-# %% ../nbs/11f_figures.ipynb #c11f93d7
-def table_of(path, file:str="metrics") -> pd.DataFrame:
-    "Metrics, samples or evaluations of a run as a table; a run without any is refused."
+# %% ../nbs/11f_figures.ipynb #7d0ffa22
+def table_of(path, file:str="metrics", needs:tuple=()) -> pd.DataFrame:
+    "Metrics, samples or evaluations of a run as a table; a run without any, or without a column that is needed, is refused."
     run = RunFolder(path)
     run.read_config()
     records = read_lines(getattr(run, file))
     if not records: raise UserError(f"{str(path)!r} has no {file} yet")
+    missing = [c for c in needs if c not in records[0]]
+    if missing: raise UserError(f"the {file} of {str(path)!r} have no {', '.join(missing)}")
     return pd.DataFrame(records)
 
 # %% ../nbs/11f_figures.ipynb #10ddc52a
@@ -59,10 +61,10 @@ def check_same_reward(paths):
     used = {str(p): str(RunFolder(p).read_config()["config"]["reward_model"]) for p in paths}
     if len(set(used.values())) > 1: raise UserError("rewards of different reward models cannot be drawn as one: " + ", ".join(f"{p} has {m}" for p, m in used.items()))
 
-# %% ../nbs/11f_figures.ipynb #2fc475c3
+# %% ../nbs/11f_figures.ipynb #2d856ad6
 def aligned(paths, column:str) -> pd.DataFrame:
     "A column of the metrics of several runs, step by run, up to the end of the shortest."
-    return pd.concat({str(p): table_of(p).set_index("step")[column] for p in paths}, axis=1).dropna()
+    return pd.concat({str(p): table_of(p, needs=(column,)).set_index("step")[column] for p in paths}, axis=1).dropna()
 
 # %% ../nbs/11f_figures.ipynb #abfe2bbf
 def reward_figure(paths, ax=None, label:str="SuperHF", colour:str=COLOURS[0]):
@@ -76,13 +78,13 @@ def reward_figure(paths, ax=None, label:str="SuperHF", colour:str=COLOURS[0]):
     ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/11f_figures.ipynb #55a05795
+# %% ../nbs/11f_figures.ipynb #ef5ada25
 def runs_figure(paths, column:str="reward/ema", ax=None):
     "One line per run (Figure 3)."
     if column.startswith("reward/"): check_same_reward(paths)
     ax = new_axes(ax, xlabel="superbatch", ylabel="reward, moving average" if column == "reward/ema" else column)
     for i, p in enumerate(paths):
-        t = table_of(p)
+        t = table_of(p, needs=(column,))
         ax.plot(t.step, t[column], color=COLOURS[i % 7], linestyle=DASHES[i // 7 % 7] if len(paths) > 7 else DASHES[i % 7], linewidth=1.5, label=Path(p).name)
     ax.legend(frameon=False, fontsize=8, ncols=1 + len(paths)//6)
     return ax
@@ -127,10 +129,10 @@ def thirds(t:pd.DataFrame) -> pd.DataFrame:
     "The metrics with a column `part`: first, middle or last third of the run."
     return t.assign(part=pd.cut(t.step, [0, t.step.max()/3, 2*t.step.max()/3, t.step.max()], labels=["first third", "middle", "last third"]))
 
-# %% ../nbs/11f_figures.ipynb #6a3c8824
+# %% ../nbs/11f_figures.ipynb #6bf7d413
 def source_figure(path, ax=None):
     "Mean reward by source in the first and the last third of a run."
-    t, sources = thirds(table_of(path)), None
+    t = thirds(table_of(path, needs=("source", "reward/mean")))
     groups = t.groupby(["part", "source"], observed=True)["reward/mean"].agg(["mean", "sem"])
     sources = sorted(t.source.unique())
     ax = new_axes(ax, xlabel="reward", yticks=range(len(sources)), yticklabels=sources)
