@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PPO_GLOSSARY', 'responses', 'step_generator', 'batch_rows', 'make_ppo_optimizer', 'kl_per_token', 'PPOTrainer']
 
-# %% ../nbs/09d_ppo_trainer.ipynb #9fdb7391
+# %% ../nbs/09d_ppo_trainer.ipynb #92b16502
 import logging, time
 from dataclasses import replace
 import torch
@@ -16,7 +16,7 @@ from .ppo import PPOConfig, Rows, check_ppo_config, lay_out, ppo_learning_rate
 from .ppo_checks import divergence_signs, self_checks, text_signs
 from .ppo_update import StartingPolicy, ppo_step, roll_out, with_value_head
 from .runs import RunFolder, RunLoop, peak_memory
-from .training import GLOSSARY, Clock, SuperHFTrainer, check_stopping, prompts_of, sample, sample_rows
+from .training import GLOSSARY, Clock, Metric, SuperHFTrainer, check_stopping, prompts_of, sample, sample_rows
 
 # %% ../nbs/09d_ppo_trainer.ipynb #73bf839e
 def responses(prompts:list[str],           # one per completion
@@ -27,34 +27,48 @@ def responses(prompts:list[str],           # one per completion
     before = [(ids[p], f"{format.text(p)} ") if c.repeat_prompt else ([], "") for p in prompts]
     return [ids[p] for p in prompts], [b + r.ids for (b, _), r in zip(before, completions)], [t + r.text for (_, t), r in zip(before, completions)]
 
-# %% ../nbs/09d_ppo_trainer.ipynb #857c7e22
-PPO_GLOSSARY = {k: v for k, v in GLOSSARY.items() if k not in ("reward/best", "loss", "kl", "entropy", "selected")} | {
-    "reward/best": "highest score of the batch",
-    "loss": "`ppo/loss/total`",
-    "kl": "log π - log π_0 per answer token, mean over the batch, before the update, in nats; comparable with SuperHF's",
-    "entropy": "`ppo/policy/entropy`",
-    "selected": "answers trained on: those with at least one token; 0 when the step was skipped",
-    "repetition/share": "share of the text that repeats itself at once, three times or more; near 0 (section 5.2: OWOWOW)",
-    "divergence": "signs of divergence, separated by semicolons; empty while all is well",
-    "objective/kl": "log π - log π_0 summed over an answer, mean over the batch, in nats; starts at 0, aims at `target`; negative values mean a broken ratio of samples to policy",
-    "objective/kl_coef": "β used in this step",
-    "objective/entropy": "-log π summed over an answer, mean over the batch, in nats",
-    "ppo/mean_non_score_reward": "KL price per token, mean; 0 at the start, small against the scores",
-    "ppo/mean_scores": "mean score of the batch", "ppo/std_scores": "standard deviation of the scores, n - 1",
-    "ppo/loss/policy": "mean policy loss per token; near 0, its sign says little",
-    "ppo/loss/value": "mean value loss per token, before `vf_coef`; falls as the value head learns",
-    "ppo/loss/total": "`ppo/loss/policy` + vf_coef · `ppo/loss/value`",
-    "ppo/policy/entropy": "entropy of the next token, mean over answer tokens and optimizer steps, in nats; a fall towards 0 is collapse",
-    "ppo/policy/approxkl": "half the mean squared change of log π since the rollout; below 0.1",
-    "ppo/policy/policykl": "mean change of log π since the rollout, old minus new; below 0.1",
-    "ppo/policy/clipfrac": "share of tokens whose policy loss was clipped; a few percent",
-    "ppo/policy/advantages_mean": "mean advantage after whitening; 0 when each minibatch is whitened alone",
-    "ppo/returns/mean": "mean return R per token", "ppo/returns/var": "variance of the returns",
-    "ppo/val/vpred": "mean value, new", "ppo/val/error": "mean squared error of the values; should fall below `ppo/returns/var`",
-    "ppo/val/clipfrac": "share of tokens whose value loss was clipped", "ppo/val/mean": "mean value at the rollout", "ppo/val/var": "variance of the values at the rollout",
-    "ppo/val/var_explained": "1 - error/variance of the returns; rises from below 0 towards 1; meaningless with minibatches of 1",
-    "ppo/learning_rate": "learning rate of this step", "ppo/grad_norm": "L2 norm of the gradient after clipping, mean over optimizer steps",
-    "ppo/left_out": "minibatches too short to be whitened, not trained on",
+# %% ../nbs/09d_ppo_trainer.ipynb #8fb79071
+PPO_GLOSSARY = {k: v for k, v in GLOSSARY.items() if k not in ("reward/best", "loss", "kl", "entropy", "grad_norm", "lr", "empty/share", "selected", "time/finetune")} | {
+    "reward/best": Metric("highest score of the batch; nothing is selected", "score", "above reward/mean"),
+    "loss": Metric("ppo/loss/total", "-", "near 0, its sign says little"),
+    "kl": Metric("Σ (log π - log π_0) over all answer tokens / their number, before the update; the mean of what SuperHF computes over the vocabulary", "nats per token", "0 at first, then up to a few tenths"),
+    "entropy": Metric("ppo/policy/entropy", "nats per token", "falls slowly; a fall towards 0 is collapse"),
+    "grad_norm": Metric("ppo/grad_norm", "loss per weight", "no trend, no jumps by orders of magnitude"),
+    "lr": Metric("ppo_learning_rate(t)", "-", "constant, or as scheduled"),
+    "selected": Metric("answers trained on: those with at least one token", "answers", "the batch size; 0 when the step was skipped"),
+    "empty/share": Metric("answers without any text / answers", "share, 0 to 1", "near 0"),
+    "repetition/share": Metric("characters in runs of three or more equal pieces / characters, mean over answers (section 5.2: OWOWOW)", "share, 0 to 1", "near 0"),
+    "divergence": Metric("signs of divergence, separated by semicolons", "-", "empty"),
+    "time/finetune": Metric("wall time of the PPO step", "s", "constant"),
+}
+
+# %% ../nbs/09d_ppo_trainer.ipynb #b976546c
+PPO_GLOSSARY |= {
+    "objective/kl": Metric("Σ_t m_t (log π - log π_0) of an answer, mean over the batch, before the update", "nats per answer", "0 at first, then towards target (6); below 0 the samples are not the policy's"),
+    "objective/kl_coef": Metric("β of this step: β ← β (1 + clip(objective/kl / target - 1, ±0.2) · batch / horizon)", "score per nat", "moves by ×1.00064 a step at most in the paper's settings"),
+    "objective/entropy": Metric("Σ_t m_t (-log π) of an answer, mean over the batch, before the update", "nats per answer", "falls slowly"),
+    "ppo/mean_non_score_reward": Metric("mean over all answer tokens of -β (log π - log π_0)", "score per token", "0 at first; small against the scores"),
+    "ppo/mean_scores": Metric("Σ_i s_i / n", "score", "rises"),
+    "ppo/std_scores": Metric("√(Σ_i (s_i - mean)² / (n - 1)); NaN, recorded as None, for one answer", "score", "well above 0"),
+    "ppo/loss/policy": Metric("mean of max(-A ρ, -A clip(ρ, 1 ± cliprange))", "-", "near 0, its sign says little"),
+    "ppo/loss/value": Metric("½ mean of max((V - R)², (V_old + clip(V - V_old, ±cliprange_value) - R)²)", "score²", "falls as the value head learns"),
+    "ppo/loss/total": Metric("ppo/loss/policy + vf_coef · ppo/loss/value", "-", "near 0"),
+    "ppo/policy/entropy": Metric("mean entropy of the next token", "nats per token", "falls slowly; a fall towards 0 is collapse"),
+    "ppo/policy/approxkl": Metric("½ mean of (log π - log π_old)²", "nats² per token", "below 0.1"),
+    "ppo/policy/policykl": Metric("mean of log π_old - log π", "nats per token", "below 0.1"),
+    "ppo/policy/clipfrac": Metric("share of tokens whose clipped policy loss is the larger one", "share, 0 to 1", "a few percent"),
+    "ppo/policy/advantages_mean": Metric("mean of A", "-", "0 when each minibatch is whitened alone, near 0 when the batch is"),
+    "ppo/returns/mean": Metric("mean of R = A + V_old, A not whitened", "score", "follows ppo/mean_scores"),
+    "ppo/returns/var": Metric("variance of R over the answer tokens of a minibatch, n - 1, mean over optimizer steps", "score²", "above 0"),
+    "ppo/val/vpred": Metric("mean of V, new", "score", "follows ppo/returns/mean"),
+    "ppo/val/error": Metric("mean of (V - R)²", "score²", "falls below ppo/returns/var"),
+    "ppo/val/clipfrac": Metric("share of tokens whose clipped value loss is the larger one", "share, 0 to 1", "falls as the value head learns"),
+    "ppo/val/mean": Metric("mean of V_old, at the rollout", "score", "follows ppo/returns/mean"),
+    "ppo/val/var": Metric("variance of V_old over the answer tokens of a minibatch, n - 1, mean over optimizer steps", "score²", "above 0 once the value head has learned something"),
+    "ppo/val/var_explained": Metric("1 - ppo/val/error / ppo/returns/var", "share, up to 1", "rises from below 0 towards 1; says nothing with minibatches of 1"),
+    "ppo/learning_rate": Metric("rate of this step's optimizer steps", "-", "constant, or as scheduled"),
+    "ppo/grad_norm": Metric("L2 norm of the gradient after clipping, mean over optimizer steps", "loss per weight", "no trend; at most max_grad_norm where that is set"),
+    "ppo/left_out": Metric("minibatches too short to be whitened, not trained on", "minibatches", "0"),
 }
 
 # %% ../nbs/09d_ppo_trainer.ipynb #070b2df4
