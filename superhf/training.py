@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'GLOSSARY', 'TIMES', 'SuperHFConfig', 'learning_rate_at', 'epoch_order', 'prompts_of', 'draw_from',
-           'sample', 'score', 'select', 'Metric', 'glossary_table', 'ema', 'score_stats', 'sample_stats',
-           'SuperHFTrainer', 'check_run', 'check_stopping', 'average', 'not_finite', 'make_sampler', 'Clock',
-           'sample_rows', 'progress_text']
+           'sample', 'score', 'select', 'Metric', 'glossary_table', 'ema', 'score_stats', 'sample_stats', 'check_run',
+           'check_stopping', 'average', 'not_finite', 'make_sampler', 'Clock', 'sample_rows', 'progress_text', 'Ground',
+           'SuperHFTrainer']
 
 # %% ../nbs/08_training.ipynb #40577ee6
 import math, time
@@ -216,102 +216,6 @@ def sample_stats(completions:list[Completion]) -> dict:
     return {"length/mean": sum(len(c.ids) for c in completions)/n, "ended/share": sum(c.ended for c in completions)/n,
             "empty/share": sum(not c.text for c in completions)/n, "diversity": len({c.text for c in completions})/n}
 
-# %% ../nbs/08_training.ipynb #24e443d3
-class SuperHFTrainer(RunLoop):
-    "Trains a policy by SuperHF (section 3.1); every step is a line in the run folder."
-    def __init__(self, config:SuperHFConfig, policy, tokenizer,
-                 reward_model,                 # callable (prompts, completions) -> scores
-                 prompts:list[dict],           # to train on, with `prompt` and `source`
-                 validation_reward_model=None, # only watches
-                 run:RunFolder|None=None):     # where to record; nothing is written without
-        check_run(check_config(config))
-        super().__init__(config, run)
-        self.prepare(policy, tokenizer, reward_model, prompts, validation_reward_model)
-        self.optimizer = make_optimizer(self.policy, config)
-        self.batches = BatchSize(config.finetuning_batch_size, "fine-tuning")
-        self.reference = Reference(self.policy, sampling_dtype(config.sampling_dtype, self.policy)) if config.measure_kl else None
-        self.shaping = Shaping(config.length_penalty, config.length_formula, config.repeated_penalty, config.unfinished_penalty)
-
-    def prepare(self, policy, tokenizer, reward_model, prompts, validation_reward_model):
-        "What every method needs: policy, sampler, reward models, prompts."
-        if not prompts: raise UserError("there are no prompts to train on")
-        self.tokenizer, self.prompts = tokenizer, prompts
-        self.reward_model, self.validation_reward_model = reward_model, validation_reward_model
-        self.policy = add_lora(policy, self.config.lora_rank) if self.config.lora_rank else policy
-        self.format = get_format(self.config.prompt_format, tokenizer)
-        self.sampler = make_sampler(self.config, self.policy, tokenizer, self.format)
-        self.ema, self.tokens, self.queue = None, 0, dict(epoch=0, at=0, back=[])
-
-    def superbatch(self, step:int) -> tuple:
-        "Sample, score, select, fine-tune; gives the record and the samples."
-        started, clock, c = time.perf_counter(), Clock(), self.config
-        prompts = self.draw(step)
-        with clock("generate"): completions = sample(self.sampler, prompts, c.superbatch_size*c.prompt_accumulation, c.seed, step, self.processes)
-        with clock("score"): scores, validation = self.score(prompts, completions)
-        chosen = select(scores, completions, c.top_k, c.prompt_accumulation, self.shaping)
-        with clock("finetune"): tuned = self.finetune(prompts, completions, chosen, step)
-        if tuned["skipped"]: chosen = []
-        if c.put_back: self.put_back(prompts, len(completions)//len(prompts), chosen)
-        record = self.record(step, prompts, completions, scores, validation, chosen, tuned)
-        record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory()}
-        return record, sample_rows(step, prompts, completions, scores, validation, chosen)
-
-    def draw(self, step:int) -> list[dict]:
-        "The prompts of superbatch `step`."
-        c = self.config
-        n, balanced = c.superbatch_prompts*c.prompt_accumulation, c.prompt_order == "balanced"
-        return draw_from(self.queue, self.prompts, n, c.seed, balanced) if c.put_back else prompts_of(self.prompts, step, n, c.seed, balanced)
-
-    def put_back(self, prompts, each:int, chosen:list[int]):
-        "Queue the prompts of which no completion was kept."
-        kept = {i//each for i in chosen}
-        self.queue["back"] += [p for i, p in enumerate(prompts) if i not in kept]
-
-    def score(self, prompts, completions) -> tuple:
-        "Scores of the reward model, and of the one that only watches."
-        watch = self.validation_reward_model
-        return score(self.reward_model, prompts, completions, self.processes), None if watch is None else score(watch, prompts, completions, self.processes)
-
-    def finetune(self, prompts, completions, chosen:list[int], step:int) -> dict:
-        "One optimizer step on the chosen completions, each process with its share of them."
-        if not chosen: return dict(skipped="no completion could be selected: all are empty or without a finite score")
-        each, eos, c = len(completions)//len(prompts), self.tokenizer.eos_token_id, self.config
-        rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(completions[i], eos)) for i in chosen]
-        with checkpointing(self.policy, c.gradient_checkpointing):
-            sums = accumulate(self.policy, rows[self.processes.rank::self.processes.size], self.batches, self.tokenizer.pad_token_id, len(rows), mixed=c.mixed_precision == "bf16",
-                              reference=self.reference.model(self.policy) if self.reference else None, kl_coef=c.kl_coef, inverse_loss=c.inverse_loss_penalty)
-        self.processes.add_gradients(trainable(self.policy))
-        stats = average(self.processes.gather([sums]), len(rows))
-        norm = optimizer_step(self.policy, self.optimizer, learning_rate_at(step, c), c.max_grad_norm, stats["loss"])
-        return stats | dict(grad_norm=norm, skipped=not_finite({"loss": stats["loss"], "gradient's norm": norm}))
-
-    def divergence(self, prompts, completions) -> float|None:
-        "KL from the starting policy per token, on completions that were not trained on; None where it is not measured."
-        if not self.reference: return None
-        each, eos = len(completions)//len(prompts), self.tokenizer.eos_token_id
-        rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(c, eos)) for i, c in enumerate(completions) if c.ids]
-        return mean_kl(self.policy, self.reference.model(self.policy), rows, self.batches, self.tokenizer.pad_token_id)
-
-    def record(self, step, prompts, completions, scores, validation, chosen, tuned) -> dict:
-        "The line of metrics of one superbatch; `GLOSSARY` explains the keys."
-        stats = score_stats(scores)
-        if stats["reward/mean"] is not None: self.ema = ema(self.ema, stats["reward/mean"])
-        self.tokens += sum(len(c.ids) for c in completions)
-        best = lambda s: None if s is None or not chosen else s[chosen[0]].item()
-        watched = dict.fromkeys(("reward_val/mean",)) if validation is None else score_stats(validation, "reward_val")
-        return dict(step=step, source=prompts[0]["source"]) | stats | {"reward/best": best(scores), "reward/ema": self.ema,
-            "reward_val/mean": watched["reward_val/mean"], "reward_val/best": best(validation),
-            "loss": tuned.get("loss"), "kl": tuned.get("kl"), "entropy": tuned.get("entropy"), "grad_norm": tuned.get("grad_norm"),
-            "lr": learning_rate_at(step, self.config)} | sample_stats(completions) | superbatch_signs([c.text for c in completions], scores) | {"selected": len(chosen), "skipped": tuned["skipped"], "tokens/generated": self.tokens}
-
-    def state(self) -> dict:
-        "The numbers that the next superbatch depends on, beside weights and moments."
-        return dict(ema=self.ema, tokens=self.tokens, queue=self.queue)
-
-    def progress_text(self, record:dict) -> str:
-        "What the progress bar says after a superbatch."
-        return progress_text(record)
-
 # %% ../nbs/08_training.ipynb #939fae0d
 def check_run(config:SuperHFConfig):
     "Refuse combinations of settings that cannot work."
@@ -364,3 +268,102 @@ def progress_text(record:dict) -> str:
     "What the progress bar says after each superbatch."
     show = lambda k, name: "" if record.get(k) is None else f"{name} {record[k]:+.2f} "
     return (show("reward/ema", "reward") + show("reward_val/mean", "held-out") + show("kl", "kl")).strip()
+
+# %% ../nbs/08_training.ipynb #c7a0ebfc
+class Ground(RunLoop):
+    "What every method stands on: policy, sampler, reward models, prompts."
+    def prepare(self, policy, tokenizer, reward_model, prompts, validation_reward_model):
+        "What every method needs: policy, sampler, reward models, prompts."
+        if not prompts: raise UserError("there are no prompts to train on")
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self.reward_model, self.validation_reward_model = reward_model, validation_reward_model
+        self.policy = add_lora(policy, self.config.lora_rank) if self.config.lora_rank else policy
+        self.format = get_format(self.config.prompt_format, tokenizer)
+        self.sampler = make_sampler(self.config, self.policy, tokenizer, self.format)
+        self.ema, self.tokens, self.queue = None, 0, dict(epoch=0, at=0, back=[])
+
+    def draw(self, step:int) -> list[dict]:
+        "The prompts of superbatch `step`."
+        c = self.config
+        n, balanced = c.superbatch_prompts*c.prompt_accumulation, c.prompt_order == "balanced"
+        return draw_from(self.queue, self.prompts, n, c.seed, balanced) if c.put_back else prompts_of(self.prompts, step, n, c.seed, balanced)
+
+    def put_back(self, prompts, each:int, chosen:list[int]):
+        "Queue the prompts of which no completion was kept."
+        kept = {i//each for i in chosen}
+        self.queue["back"] += [p for i, p in enumerate(prompts) if i not in kept]
+
+    def score(self, prompts, completions) -> tuple:
+        "Scores of the reward model, and of the one that only watches."
+        watch = self.validation_reward_model
+        return score(self.reward_model, prompts, completions, self.processes), None if watch is None else score(watch, prompts, completions, self.processes)
+
+    def state(self) -> dict:
+        "The numbers that the next superbatch depends on, beside weights and moments."
+        return dict(ema=self.ema, tokens=self.tokens, queue=self.queue)
+
+    def progress_text(self, record:dict) -> str:
+        "What the progress bar says after a superbatch."
+        return progress_text(record)
+
+# %% ../nbs/08_training.ipynb #78a1e6c0
+class SuperHFTrainer(Ground):
+    "Trains a policy by SuperHF (section 3.1); every step is a line in the run folder."
+    def __init__(self, config:SuperHFConfig, policy, tokenizer,
+                 reward_model,                 # callable (prompts, completions) -> scores
+                 prompts:list[dict],           # to train on, with `prompt` and `source`
+                 validation_reward_model=None, # only watches
+                 run:RunFolder|None=None):     # where to record; nothing is written without
+        check_run(check_config(config))
+        super().__init__(config, run)
+        self.prepare(policy, tokenizer, reward_model, prompts, validation_reward_model)
+        self.optimizer = make_optimizer(self.policy, config)
+        self.batches = BatchSize(config.finetuning_batch_size, "fine-tuning")
+        self.reference = Reference(self.policy, sampling_dtype(config.sampling_dtype, self.policy)) if config.measure_kl else None
+        self.shaping = Shaping(config.length_penalty, config.length_formula, config.repeated_penalty, config.unfinished_penalty)
+
+    def superbatch(self, step:int) -> tuple:
+        "Sample, score, select, fine-tune; gives the record and the samples."
+        started, clock, c = time.perf_counter(), Clock(), self.config
+        prompts = self.draw(step)
+        with clock("generate"): completions = sample(self.sampler, prompts, c.superbatch_size*c.prompt_accumulation, c.seed, step, self.processes)
+        with clock("score"): scores, validation = self.score(prompts, completions)
+        chosen = select(scores, completions, c.top_k, c.prompt_accumulation, self.shaping)
+        with clock("finetune"): tuned = self.finetune(prompts, completions, chosen, step)
+        if tuned["skipped"]: chosen = []
+        if c.put_back: self.put_back(prompts, len(completions)//len(prompts), chosen)
+        record = self.record(step, prompts, completions, scores, validation, chosen, tuned)
+        record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory()}
+        return record, sample_rows(step, prompts, completions, scores, validation, chosen)
+
+    def finetune(self, prompts, completions, chosen:list[int], step:int) -> dict:
+        "One optimizer step on the chosen completions, each process with its share of them."
+        if not chosen: return dict(skipped="no completion could be selected: all are empty or without a finite score")
+        each, eos, c = len(completions)//len(prompts), self.tokenizer.eos_token_id, self.config
+        rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(completions[i], eos)) for i in chosen]
+        with checkpointing(self.policy, c.gradient_checkpointing):
+            sums = accumulate(self.policy, rows[self.processes.rank::self.processes.size], self.batches, self.tokenizer.pad_token_id, len(rows), mixed=c.mixed_precision == "bf16",
+                              reference=self.reference.model(self.policy) if self.reference else None, kl_coef=c.kl_coef, inverse_loss=c.inverse_loss_penalty)
+        self.processes.add_gradients(trainable(self.policy))
+        stats = average(self.processes.gather([sums]), len(rows))
+        norm = optimizer_step(self.policy, self.optimizer, learning_rate_at(step, c), c.max_grad_norm, stats["loss"])
+        return stats | dict(grad_norm=norm, skipped=not_finite({"loss": stats["loss"], "gradient's norm": norm}))
+
+    def divergence(self, prompts, completions) -> float|None:
+        "KL from the starting policy per token, on completions that were not trained on; None where it is not measured."
+        if not self.reference: return None
+        each, eos = len(completions)//len(prompts), self.tokenizer.eos_token_id
+        rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(c, eos)) for i, c in enumerate(completions) if c.ids]
+        return mean_kl(self.policy, self.reference.model(self.policy), rows, self.batches, self.tokenizer.pad_token_id)
+
+    def record(self, step, prompts, completions, scores, validation, chosen, tuned) -> dict:
+        "The line of metrics of one superbatch; `GLOSSARY` explains the keys."
+        stats = score_stats(scores)
+        if stats["reward/mean"] is not None: self.ema = ema(self.ema, stats["reward/mean"])
+        self.tokens += sum(len(c.ids) for c in completions)
+        best = lambda s: None if s is None or not chosen else s[chosen[0]].item()
+        watched = dict.fromkeys(("reward_val/mean",)) if validation is None else score_stats(validation, "reward_val")
+        return dict(step=step, source=prompts[0]["source"]) | stats | {"reward/best": best(scores), "reward/ema": self.ema,
+            "reward_val/mean": watched["reward_val/mean"], "reward_val/best": best(validation),
+            "loss": tuned.get("loss"), "kl": tuned.get("kl"), "entropy": tuned.get("entropy"), "grad_norm": tuned.get("grad_norm"),
+            "lr": learning_rate_at(step, self.config)} | sample_stats(completions) | superbatch_signs([c.text for c in completions], scores) | {"selected": len(chosen), "skipped": tuned["skipped"], "tokens/generated": self.tokens}
