@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain', 'append_lines', 'read_lines', 'rewind', 'versions', 'hardware', 'git_commit', 'peak_memory', 'RunFolder',
            'sync', 'sizes', 'is_whole', 'best_of', 'save_checkpoint', 'resume_point', 'write_state', 'read_state',
-           'interrupts', 'writing', 'RunLoop']
+           'interrupts', 'writing', 'RunKeeper', 'RunLoop']
 
 # %% ../nbs/07_runs.ipynb #e8a54358
 import json, logging, math, os, platform, resource, shutil, signal, subprocess, sys, threading
@@ -216,9 +216,9 @@ def writing(run:RunFolder, step:int):
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
         raise UserError(f"cannot write to {str(run.path)!r} after superbatch {step}: {reason}. What was written is whole; make room and go on with --resume {run.path}") from e
 
-# %% ../nbs/07_runs.ipynb #4bbcf846
-class RunLoop:
-    "Runs `superbatch(step)` for all steps that are left, and keeps the run folder."
+# %% ../nbs/07_runs.ipynb #920fa9d1
+class RunKeeper:
+    "What a run leaves in its folder, and takes back from it."
     kept = ("skips", "best", "stale", "stopped")    # what the loop itself remembers in a checkpoint
 
     def __init__(self, config, run:RunFolder|None=None):
@@ -230,6 +230,50 @@ class RunLoop:
         "A setting that not every method has."
         return getattr(self.config, name, default)
 
+    def write(self, record:dict, samples:list[dict]):
+        "Append to the run folder, and tell the trackers."
+        if not self.processes.first: return
+        if self.run:
+            with writing(self.run, self.step - 1):
+                append_lines(self.run.samples, samples)
+                append_lines(self.run.metrics, [record])
+        self.tell_trackers(record)
+
+    def tell_trackers(self, numbers:dict):
+        "Report to the trackers; one that fails ends no run."
+        if not (self.track and self.processes.first): return
+        try: self.track(numbers, self.step)
+        except Exception as e:
+            logging.getLogger("superhf").warning(f"trackers are told no more, for one failed at superbatch {self.step}: {e}")
+            self.track = None
+
+    def trained(self):
+        "The module whose trained weights a checkpoint holds."
+        return self.policy
+
+    def save(self):
+        "Write a checkpoint of everything that the next superbatch depends on."
+        state = self.state() | {k: getattr(self, k) for k in self.kept}
+        if self.processes.first:
+            with writing(self.run, self.step): save_checkpoint(self.run, self.step, lambda folder: write_state(folder, self.trained(), self.optimizer, state))
+        self.processes.wait()
+
+    def back_to_best(self):
+        "Take the weights of the best checkpoint, unless they are the last."
+        if self.run and self.best and self.best["step"] < self.step: read_state(self.run.checkpoints/f"step-{self.best['step']:06d}", self.trained(), self.optimizer)
+
+    def resume(self):
+        "Go back to the newest whole checkpoint, or to the start; records after it are cut off."
+        self.step, folder = resume_point(self.run)
+        if folder: vars(self).update(read_state(folder, self.trained(), self.optimizer))
+        self.processes.wait()
+        if self.processes.first:
+            for path in (self.run.metrics, self.run.samples, self.run.evaluations): rewind(path, self.step)
+        return self
+
+# %% ../nbs/07_runs.ipynb #d0eee2fc
+class RunLoop(RunKeeper):
+    "Runs `superbatch(step)` for all steps that are left, and keeps the run folder."
     def train(self, progress:bool=True) -> list[dict]:
         "All superbatches that are left; gives their records."
         records, T = [], self.config.superbatches
@@ -255,23 +299,6 @@ class RunLoop:
         limit = self.option("max_skipped")
         if limit and self.skips >= limit: raise UserError(f"{self.skips} superbatches in a row changed nothing, the last because {record['skipped']}")
 
-    def write(self, record:dict, samples:list[dict]):
-        "Append to the run folder, and tell the trackers."
-        if not self.processes.first: return
-        if self.run:
-            with writing(self.run, self.step - 1):
-                append_lines(self.run.samples, samples)
-                append_lines(self.run.metrics, [record])
-        self.tell_trackers(record)
-
-    def tell_trackers(self, numbers:dict):
-        "Report to the trackers; one that fails ends no run."
-        if not (self.track and self.processes.first): return
-        try: self.track(numbers, self.step)
-        except Exception as e:
-            logging.getLogger("superhf").warning(f"trackers are told no more, for one failed at superbatch {self.step}: {e}")
-            self.track = None
-
     def evaluate(self):
         "Numbers on the held-out prompts; remembers the best, and decides whether to stop."
         record = dict(step=self.step) | self.evaluation()
@@ -284,27 +311,3 @@ class RunLoop:
         else: self.stale += 1
         if self.option("stop_on", "none") == "held-out" and self.stale >= self.option("patience", 3):
             self.stopped = f"held-out reward has not risen since superbatch {self.best['step']}" if self.best else "held-out reward is not a number"
-
-    def trained(self):
-        "The module whose trained weights a checkpoint holds."
-        return self.policy
-
-    def save(self):
-        "Write a checkpoint of everything that the next superbatch depends on."
-        state = self.state() | {k: getattr(self, k) for k in self.kept}
-        if self.processes.first:
-            with writing(self.run, self.step): save_checkpoint(self.run, self.step, lambda folder: write_state(folder, self.trained(), self.optimizer, state))
-        self.processes.wait()
-
-    def back_to_best(self):
-        "Take the weights of the best checkpoint, unless they are the last."
-        if self.run and self.best and self.best["step"] < self.step: read_state(self.run.checkpoints/f"step-{self.best['step']:06d}", self.trained(), self.optimizer)
-
-    def resume(self):
-        "Go back to the newest whole checkpoint, or to the start; records after it are cut off."
-        self.step, folder = resume_point(self.run)
-        if folder: vars(self).update(read_state(folder, self.trained(), self.optimizer))
-        self.processes.wait()
-        if self.processes.first:
-            for path in (self.run.metrics, self.run.samples, self.run.evaluations): rewind(path, self.step)
-        return self

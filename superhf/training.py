@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'GLOSSARY', 'TIMES', 'SuperHFConfig', 'learning_rate_at', 'epoch_order', 'prompts_of', 'draw_from',
-           'sample', 'score', 'select', 'ema', 'score_stats', 'sample_stats', 'SuperHFTrainer', 'check_run',
-           'check_stopping', 'average', 'not_finite', 'make_sampler', 'Clock', 'sample_rows', 'progress_text']
+           'sample', 'score', 'select', 'Metric', 'glossary_table', 'ema', 'score_stats', 'sample_stats', 'check_run',
+           'check_stopping', 'average', 'not_finite', 'make_sampler', 'Clock', 'sample_rows', 'progress_text', 'Ground',
+           'SuperHFTrainer']
 
-# %% ../nbs/08_training.ipynb #0bab158c
+# %% ../nbs/08_training.ipynb #40577ee6
 import math, time
 from dataclasses import dataclass, asdict
+from typing import NamedTuple
 import numpy as np, torch
 from .core import UserError, opt, check_config
 from .gaming import superbatch_signs
@@ -146,34 +148,50 @@ def select(scores:torch.Tensor, completions:list[Completion], k:int, superbatche
     size = len(texts)//superbatches
     return [at + i for at in range(0, len(texts), size) for i in select_top_k(scores[at:at + size], texts[at:at + size], k)]
 
-# %% ../nbs/08_training.ipynb #cfe6dd77
+# %% ../nbs/08_training.ipynb #3f277690
+class Metric(NamedTuple):
+    "How to read one key of a record."
+    formula: str # what it is, or how it is computed; None in a record where that cannot be known
+    unit: str    # - where there is none; score is the unit of the reward model
+    healthy: str # what it looks like while all is well
+
+# %% ../nbs/08_training.ipynb #a590e895
 GLOSSARY = {
-    "step": "superbatch, counted from 1",
-    "source": "where the prompt comes from (Table 1); of the first prompt when there are several",
-    "reward/mean": "mean score of the superbatch's completions; rises",
-    "reward/std": "standard deviation of these scores; what selection has to choose from; must not fall to 0",
-    "reward/best": "highest score, that of the completion trained on",
-    "reward/ema": "exponential moving average of reward/mean with α = 0.9 (Figure 2); starts at the starting policy's mean on held-out prompts where these are sampled, else at the first value",
-    "reward_val/mean": "mean score under the validation reward model, which never selects; should rise with reward/mean",
-    "reward_val/best": "its score of the completion that was selected",
-    "loss": "negative log-likelihood per token of the selected completions before the step, in nats; falls slowly",
-    "kl": "KL(policy, starting policy) per token of the selected completions before the step, in nats; a few tenths are healthy",
-    "entropy": "entropy of the policy per token of the selected completions, in nats; a fall towards 0 is collapse",
-    "grad_norm": "L2 norm of the gradient before clipping",
-    "lr": "learning rate used in this superbatch",
-    "length/mean": "mean length of the completions, in tokens",
-    "ended/share": "share of completions that ended by themselves",
-    "empty/share": "share of completions without any text; should stay near 0",
-    "diversity": "share of different texts among the completions; 1 is all different",
-    "reward/best_of_4": "expected best score of four of the superbatch's completions, estimated from all S ([gaming](06a_gaming.ipynb)); what lies between it and reward/mean is what selecting among four buys",
-    "diversity/distinct": "different word pairs / all word pairs of the superbatch; should stay near its start",
-    "diversity/overlap": "share of its word pairs that a completion has in common with another, mean over pairs; 1 when all are the same; should stay near its start",
-    "selected": "number of completions trained on; 0 when the superbatch was skipped",
-    "skipped": "why the superbatch changed nothing; empty otherwise",
-    "tokens/generated": "tokens sampled since the start of the run",
-    "time/generate": "seconds spent sampling", "time/score": "seconds spent scoring", "time/finetune": "seconds spent fine-tuning", "time/total": "seconds of the whole superbatch",
-    "memory/peak": "largest memory of the process so far, in GiB",
+    "step": Metric("superbatch t, counted from 1", "superbatches", "each number once, without gaps"),
+    "source": Metric("where the prompt comes from (Table 1); of the first prompt when there are several", "-", "shares as in the data"),
+    "reward/mean": Metric("Σ_i s_i / S", "score", "rises over hundreds of superbatches; jumps with the prompt from one to the next"),
+    "reward/std": Metric("√(Σ_i (s_i - reward/mean)² / S): what selection has to choose from", "score", "well above 0; at 0 there is nothing to select"),
+    "reward/best": Metric("score of the first completion that was selected, before penalties", "score", "above reward/mean"),
+    "reward/ema": Metric("e_t = 0.9 e_{t-1} + 0.1 reward/mean (Figure 2); e_0 is the starting policy's mean on held-out prompts where these are sampled, else e_1 = reward/mean", "score", "rises steadily (Figure 2: towards and above 0)"),
+    "reward_val/mean": Metric("reward/mean under the validation reward model, which never selects; None without one", "score", "rises with reward/mean; falling while that rises is gaming"),
+    "reward_val/best": Metric("score under the validation reward model of the completion of reward/best", "score", "above reward_val/mean"),
+    "loss": Metric("1/K Σ_k mean_j -log π(y_{k,j}), before the step, without penalties", "nats per token", "falls slowly; near 0 the policy repeats itself"),
+    "kl": Metric("1/K Σ_k mean_j KL(π, π_0) of the next token at y_{k,j}, before the step; π_0 is the starting policy; None unless measure_kl", "nats per token", "0 at first, then up to a few tenths"),
+    "entropy": Metric("1/K Σ_k mean_j H(π) of the next token at y_{k,j}, before the step", "nats per token", "falls slowly; a fall towards 0 is collapse"),
+    "grad_norm": Metric("L2 norm of the gradient over all trained weights, before clipping", "loss per weight", "no trend, no jumps by orders of magnitude"),
+    "lr": Metric("η_t, learning_rate_at(t): the rate used in this superbatch", "-", "rises during warm-up, then follows the schedule"),
+    "length/mean": Metric("Σ_i tokens of completion i / S", "tokens", "below max_new_tokens; at the limit the policy does not learn to stop"),
+    "ended/share": Metric("completions that ended by themselves / S", "share, 0 to 1", "high, or rising"),
+    "empty/share": Metric("completions without any text / S", "share, 0 to 1", "near 0"),
+    "diversity": Metric("different texts / S", "share, 0 to 1", "near 1; all are the same at 1/S"),
+    "reward/best_of_4": Metric("expected best score of 4 of the completions with text, estimated from all of them ([gaming](06a_gaming.ipynb)); None where there are fewer than 4", "score", "above reward/mean: the distance is what selecting among 4 buys"),
+    "diversity/distinct": Metric("different word pairs / all word pairs of the superbatch; None where there are none", "share, 0 to 1", "stays near its start"),
+    "diversity/overlap": Metric("word pairs that two completions have in common / word pairs of a completion, mean over pairs of completions", "share, 0 to 1", "stays near its start; all are the same at 1"),
+    "selected": Metric("completions trained on: K, times prompt_accumulation", "completions", "constant; 0 when the superbatch was skipped"),
+    "skipped": Metric("why the superbatch changed nothing", "-", "empty"),
+    "tokens/generated": Metric("tokens sampled since the start of the run", "tokens", "rises by S · length/mean"),
+    "time/generate": Metric("wall time of sampling", "s", "most of time/total"),
+    "time/score": Metric("wall time of scoring, by both reward models", "s", "constant"),
+    "time/finetune": Metric("wall time of the loss, its gradient and the step", "s", "constant"),
+    "time/total": Metric("wall time of the whole superbatch", "s", "their sum, nearly"),
+    "memory/peak": Metric("largest resident memory of the process so far", "GiB", "constant after the first superbatches; growth is a leak"),
 }
+
+# %% ../nbs/08_training.ipynb #d19ac57c
+def glossary_table(glossary:dict) -> str:
+    "A glossary as a Markdown table."
+    rows = [("metric", "formula", "unit", "healthy"), ("---",)*4, *((f"`{k}`", *m) for k, m in glossary.items())]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 # %% ../nbs/08_training.ipynb #579b31db
 TIMES = ("time/generate", "time/score", "time/finetune", "time/total", "memory/peak")
@@ -197,102 +215,6 @@ def sample_stats(completions:list[Completion]) -> dict:
     n = len(completions)
     return {"length/mean": sum(len(c.ids) for c in completions)/n, "ended/share": sum(c.ended for c in completions)/n,
             "empty/share": sum(not c.text for c in completions)/n, "diversity": len({c.text for c in completions})/n}
-
-# %% ../nbs/08_training.ipynb #24e443d3
-class SuperHFTrainer(RunLoop):
-    "Trains a policy by SuperHF (section 3.1); every step is a line in the run folder."
-    def __init__(self, config:SuperHFConfig, policy, tokenizer,
-                 reward_model,                 # callable (prompts, completions) -> scores
-                 prompts:list[dict],           # to train on, with `prompt` and `source`
-                 validation_reward_model=None, # only watches
-                 run:RunFolder|None=None):     # where to record; nothing is written without
-        check_run(check_config(config))
-        super().__init__(config, run)
-        self.prepare(policy, tokenizer, reward_model, prompts, validation_reward_model)
-        self.optimizer = make_optimizer(self.policy, config)
-        self.batches = BatchSize(config.finetuning_batch_size, "fine-tuning")
-        self.reference = Reference(self.policy, sampling_dtype(config.sampling_dtype, self.policy)) if config.measure_kl else None
-        self.shaping = Shaping(config.length_penalty, config.length_formula, config.repeated_penalty, config.unfinished_penalty)
-
-    def prepare(self, policy, tokenizer, reward_model, prompts, validation_reward_model):
-        "What every method needs: policy, sampler, reward models, prompts."
-        if not prompts: raise UserError("there are no prompts to train on")
-        self.tokenizer, self.prompts = tokenizer, prompts
-        self.reward_model, self.validation_reward_model = reward_model, validation_reward_model
-        self.policy = add_lora(policy, self.config.lora_rank) if self.config.lora_rank else policy
-        self.format = get_format(self.config.prompt_format, tokenizer)
-        self.sampler = make_sampler(self.config, self.policy, tokenizer, self.format)
-        self.ema, self.tokens, self.queue = None, 0, dict(epoch=0, at=0, back=[])
-
-    def superbatch(self, step:int) -> tuple:
-        "Sample, score, select, fine-tune; gives the record and the samples."
-        started, clock, c = time.perf_counter(), Clock(), self.config
-        prompts = self.draw(step)
-        with clock("generate"): completions = sample(self.sampler, prompts, c.superbatch_size*c.prompt_accumulation, c.seed, step, self.processes)
-        with clock("score"): scores, validation = self.score(prompts, completions)
-        chosen = select(scores, completions, c.top_k, c.prompt_accumulation, self.shaping)
-        with clock("finetune"): tuned = self.finetune(prompts, completions, chosen, step)
-        if tuned["skipped"]: chosen = []
-        if c.put_back: self.put_back(prompts, len(completions)//len(prompts), chosen)
-        record = self.record(step, prompts, completions, scores, validation, chosen, tuned)
-        record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory()}
-        return record, sample_rows(step, prompts, completions, scores, validation, chosen)
-
-    def draw(self, step:int) -> list[dict]:
-        "The prompts of superbatch `step`."
-        c = self.config
-        n, balanced = c.superbatch_prompts*c.prompt_accumulation, c.prompt_order == "balanced"
-        return draw_from(self.queue, self.prompts, n, c.seed, balanced) if c.put_back else prompts_of(self.prompts, step, n, c.seed, balanced)
-
-    def put_back(self, prompts, each:int, chosen:list[int]):
-        "Queue the prompts of which no completion was kept."
-        kept = {i//each for i in chosen}
-        self.queue["back"] += [p for i, p in enumerate(prompts) if i not in kept]
-
-    def score(self, prompts, completions) -> tuple:
-        "Scores of the reward model, and of the one that only watches."
-        watch = self.validation_reward_model
-        return score(self.reward_model, prompts, completions, self.processes), None if watch is None else score(watch, prompts, completions, self.processes)
-
-    def finetune(self, prompts, completions, chosen:list[int], step:int) -> dict:
-        "One optimizer step on the chosen completions, each process with its share of them."
-        if not chosen: return dict(skipped="no completion could be selected: all are empty or without a finite score")
-        each, eos, c = len(completions)//len(prompts), self.tokenizer.eos_token_id, self.config
-        rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(completions[i], eos)) for i in chosen]
-        with checkpointing(self.policy, c.gradient_checkpointing):
-            sums = accumulate(self.policy, rows[self.processes.rank::self.processes.size], self.batches, self.tokenizer.pad_token_id, len(rows), mixed=c.mixed_precision == "bf16",
-                              reference=self.reference.model(self.policy) if self.reference else None, kl_coef=c.kl_coef, inverse_loss=c.inverse_loss_penalty)
-        self.processes.add_gradients(trainable(self.policy))
-        stats = average(self.processes.gather([sums]), len(rows))
-        norm = optimizer_step(self.policy, self.optimizer, learning_rate_at(step, c), c.max_grad_norm, stats["loss"])
-        return stats | dict(grad_norm=norm, skipped=not_finite({"loss": stats["loss"], "gradient's norm": norm}))
-
-    def divergence(self, prompts, completions) -> float|None:
-        "KL from the starting policy per token, on completions that were not trained on; None where it is not measured."
-        if not self.reference: return None
-        each, eos = len(completions)//len(prompts), self.tokenizer.eos_token_id
-        rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(c, eos)) for i, c in enumerate(completions) if c.ids]
-        return mean_kl(self.policy, self.reference.model(self.policy), rows, self.batches, self.tokenizer.pad_token_id)
-
-    def record(self, step, prompts, completions, scores, validation, chosen, tuned) -> dict:
-        "The line of metrics of one superbatch; `GLOSSARY` explains the keys."
-        stats = score_stats(scores)
-        if stats["reward/mean"] is not None: self.ema = ema(self.ema, stats["reward/mean"])
-        self.tokens += sum(len(c.ids) for c in completions)
-        best = lambda s: None if s is None or not chosen else s[chosen[0]].item()
-        watched = dict.fromkeys(("reward_val/mean",)) if validation is None else score_stats(validation, "reward_val")
-        return dict(step=step, source=prompts[0]["source"]) | stats | {"reward/best": best(scores), "reward/ema": self.ema,
-            "reward_val/mean": watched["reward_val/mean"], "reward_val/best": best(validation),
-            "loss": tuned.get("loss"), "kl": tuned.get("kl"), "entropy": tuned.get("entropy"), "grad_norm": tuned.get("grad_norm"),
-            "lr": learning_rate_at(step, self.config)} | sample_stats(completions) | superbatch_signs([c.text for c in completions], scores) | {"selected": len(chosen), "skipped": tuned["skipped"], "tokens/generated": self.tokens}
-
-    def state(self) -> dict:
-        "The numbers that the next superbatch depends on, beside weights and moments."
-        return dict(ema=self.ema, tokens=self.tokens, queue=self.queue)
-
-    def progress_text(self, record:dict) -> str:
-        "What the progress bar says after a superbatch."
-        return progress_text(record)
 
 # %% ../nbs/08_training.ipynb #939fae0d
 def check_run(config:SuperHFConfig):
@@ -346,3 +268,102 @@ def progress_text(record:dict) -> str:
     "What the progress bar says after each superbatch."
     show = lambda k, name: "" if record.get(k) is None else f"{name} {record[k]:+.2f} "
     return (show("reward/ema", "reward") + show("reward_val/mean", "held-out") + show("kl", "kl")).strip()
+
+# %% ../nbs/08_training.ipynb #c7a0ebfc
+class Ground(RunLoop):
+    "What every method stands on: policy, sampler, reward models, prompts."
+    def prepare(self, policy, tokenizer, reward_model, prompts, validation_reward_model):
+        "What every method needs: policy, sampler, reward models, prompts."
+        if not prompts: raise UserError("there are no prompts to train on")
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self.reward_model, self.validation_reward_model = reward_model, validation_reward_model
+        self.policy = add_lora(policy, self.config.lora_rank) if self.config.lora_rank else policy
+        self.format = get_format(self.config.prompt_format, tokenizer)
+        self.sampler = make_sampler(self.config, self.policy, tokenizer, self.format)
+        self.ema, self.tokens, self.queue = None, 0, dict(epoch=0, at=0, back=[])
+
+    def draw(self, step:int) -> list[dict]:
+        "The prompts of superbatch `step`."
+        c = self.config
+        n, balanced = c.superbatch_prompts*c.prompt_accumulation, c.prompt_order == "balanced"
+        return draw_from(self.queue, self.prompts, n, c.seed, balanced) if c.put_back else prompts_of(self.prompts, step, n, c.seed, balanced)
+
+    def put_back(self, prompts, each:int, chosen:list[int]):
+        "Queue the prompts of which no completion was kept."
+        kept = {i//each for i in chosen}
+        self.queue["back"] += [p for i, p in enumerate(prompts) if i not in kept]
+
+    def score(self, prompts, completions) -> tuple:
+        "Scores of the reward model, and of the one that only watches."
+        watch = self.validation_reward_model
+        return score(self.reward_model, prompts, completions, self.processes), None if watch is None else score(watch, prompts, completions, self.processes)
+
+    def state(self) -> dict:
+        "The numbers that the next superbatch depends on, beside weights and moments."
+        return dict(ema=self.ema, tokens=self.tokens, queue=self.queue)
+
+    def progress_text(self, record:dict) -> str:
+        "What the progress bar says after a superbatch."
+        return progress_text(record)
+
+# %% ../nbs/08_training.ipynb #78a1e6c0
+class SuperHFTrainer(Ground):
+    "Trains a policy by SuperHF (section 3.1); every step is a line in the run folder."
+    def __init__(self, config:SuperHFConfig, policy, tokenizer,
+                 reward_model,                 # callable (prompts, completions) -> scores
+                 prompts:list[dict],           # to train on, with `prompt` and `source`
+                 validation_reward_model=None, # only watches
+                 run:RunFolder|None=None):     # where to record; nothing is written without
+        check_run(check_config(config))
+        super().__init__(config, run)
+        self.prepare(policy, tokenizer, reward_model, prompts, validation_reward_model)
+        self.optimizer = make_optimizer(self.policy, config)
+        self.batches = BatchSize(config.finetuning_batch_size, "fine-tuning")
+        self.reference = Reference(self.policy, sampling_dtype(config.sampling_dtype, self.policy)) if config.measure_kl else None
+        self.shaping = Shaping(config.length_penalty, config.length_formula, config.repeated_penalty, config.unfinished_penalty)
+
+    def superbatch(self, step:int) -> tuple:
+        "Sample, score, select, fine-tune; gives the record and the samples."
+        started, clock, c = time.perf_counter(), Clock(), self.config
+        prompts = self.draw(step)
+        with clock("generate"): completions = sample(self.sampler, prompts, c.superbatch_size*c.prompt_accumulation, c.seed, step, self.processes)
+        with clock("score"): scores, validation = self.score(prompts, completions)
+        chosen = select(scores, completions, c.top_k, c.prompt_accumulation, self.shaping)
+        with clock("finetune"): tuned = self.finetune(prompts, completions, chosen, step)
+        if tuned["skipped"]: chosen = []
+        if c.put_back: self.put_back(prompts, len(completions)//len(prompts), chosen)
+        record = self.record(step, prompts, completions, scores, validation, chosen, tuned)
+        record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory()}
+        return record, sample_rows(step, prompts, completions, scores, validation, chosen)
+
+    def finetune(self, prompts, completions, chosen:list[int], step:int) -> dict:
+        "One optimizer step on the chosen completions, each process with its share of them."
+        if not chosen: return dict(skipped="no completion could be selected: all are empty or without a finite score")
+        each, eos, c = len(completions)//len(prompts), self.tokenizer.eos_token_id, self.config
+        rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(completions[i], eos)) for i in chosen]
+        with checkpointing(self.policy, c.gradient_checkpointing):
+            sums = accumulate(self.policy, rows[self.processes.rank::self.processes.size], self.batches, self.tokenizer.pad_token_id, len(rows), mixed=c.mixed_precision == "bf16",
+                              reference=self.reference.model(self.policy) if self.reference else None, kl_coef=c.kl_coef, inverse_loss=c.inverse_loss_penalty)
+        self.processes.add_gradients(trainable(self.policy))
+        stats = average(self.processes.gather([sums]), len(rows))
+        norm = optimizer_step(self.policy, self.optimizer, learning_rate_at(step, c), c.max_grad_norm, stats["loss"])
+        return stats | dict(grad_norm=norm, skipped=not_finite({"loss": stats["loss"], "gradient's norm": norm}))
+
+    def divergence(self, prompts, completions) -> float|None:
+        "KL from the starting policy per token, on completions that were not trained on; None where it is not measured."
+        if not self.reference: return None
+        each, eos = len(completions)//len(prompts), self.tokenizer.eos_token_id
+        rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(c, eos)) for i, c in enumerate(completions) if c.ids]
+        return mean_kl(self.policy, self.reference.model(self.policy), rows, self.batches, self.tokenizer.pad_token_id)
+
+    def record(self, step, prompts, completions, scores, validation, chosen, tuned) -> dict:
+        "The line of metrics of one superbatch; `GLOSSARY` explains the keys."
+        stats = score_stats(scores)
+        if stats["reward/mean"] is not None: self.ema = ema(self.ema, stats["reward/mean"])
+        self.tokens += sum(len(c.ids) for c in completions)
+        best = lambda s: None if s is None or not chosen else s[chosen[0]].item()
+        watched = dict.fromkeys(("reward_val/mean",)) if validation is None else score_stats(validation, "reward_val")
+        return dict(step=step, source=prompts[0]["source"]) | stats | {"reward/best": best(scores), "reward/ema": self.ema,
+            "reward_val/mean": watched["reward_val/mean"], "reward_val/best": best(validation),
+            "loss": tuned.get("loss"), "kl": tuned.get("kl"), "entropy": tuned.get("entropy"), "grad_norm": tuned.get("grad_norm"),
+            "lr": learning_rate_at(step, self.config)} | sample_stats(completions) | superbatch_signs([c.text for c in completions], scores) | {"selected": len(chosen), "skipped": tuned["skipped"], "tokens/generated": self.tokens}
