@@ -127,7 +127,7 @@ def names_of(models:list[str]) -> dict:
     short = {m: label(m) if Path(m).is_dir() else m for m in models}
     return {m: s if list(short.values()).count(s) == 1 else m for m, s in short.items()}
 
-# %% ../nbs/11e_comparison.ipynb #ef02d642
+# %% ../nbs/11e_comparison.ipynb #96c1bbb2
 def compare_policies(c:CompareConfig) -> dict:
     "Answers of all policies with their scores, mean rewards, win rates, and the fridge question's answers."
     from superhf.data import load_prompts
@@ -143,7 +143,7 @@ def compare_policies(c:CompareConfig) -> dict:
         records, seconds[name] = answers_of(c, model, prompts, rewards, n)
         answers[name] = first_n(records, c.n)
         if i == 0 and c.best_of: answers[f"best of {c.best_of}"] = best_of_n(records, c.best_of)
-    return dict(reward_models=named, answers=answers, sampling_seconds=seconds, means=means_table(answers, list(named)), wins=win_rates(answers, list(named)))
+    return dict(settings={k: v if isinstance(v, (int, float, str, list)) else str(v) for k, v in vars(c).items()}, reward_models=named, answers=answers, sampling_seconds=seconds, means=means_table(answers, list(named)), wins=win_rates(answers, list(named)))
 
 # %% ../nbs/11e_comparison.ipynb #c069e865
 def with_bounds(mean:float, low:float, high:float) -> str:

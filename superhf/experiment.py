@@ -14,17 +14,18 @@ from pathlib import Path
 import pandas as pd, torch
 from .core import UserError, tell
 
-# %% ../nbs/11b_experiment.ipynb #09a26a72
+# %% ../nbs/11b_experiment.ipynb #c3540182
 def split_holdout(prompts:list[dict], n:int, seed:int) -> tuple:
     "Prompts to train on, and `n` spread evenly over the sources to keep out (at most a quarter of each source)."
     import numpy as np
+    from superhf.data import normalize
     order = [prompts[i] for i in np.random.default_rng([seed, 1_000_003]).permutation(len(prompts))]
     by_source = {}
     for p in order: by_source.setdefault(p["source"], []).append(p)
     share = -(-n//len(by_source))
     kept = [p for group in by_source.values() for p in group[:min(share, len(group)//4)]][:n]
-    out = {p["prompt"] for p in kept}
-    return [p for p in prompts if p["prompt"] not in out], kept
+    out = {normalize(p["prompt"]) for p in kept}
+    return [p for p in prompts if normalize(p["prompt"]) not in out], kept
 
 # %% ../nbs/11b_experiment.ipynb #c3864479
 def load_rewards(config) -> dict:

@@ -139,12 +139,13 @@ def propose_next(batch:Batch, logits:torch.Tensor) -> tuple:
     b.new[:n], outside = propose(probs, b.uniforms[:n].index_select(1, b.step)[:, 0], c, b.ask)
     return logits, probs, outside
 
-# %% ../nbs/04_generation.ipynb #eb1b446b
+# %% ../nbs/04_generation.ipynb #4c7a27b6
 def take(batch:Batch) -> list[int]:
-    "The new ids of all rows, as they are after the fourth draw where one is needed."
+    "The new ids of all rows, as they are after the fourth draw where one is needed; -1 where the model's numbers are NaN."
     b = batch
     logits, probs, outside = b.proposed
-    ids, late = torch.stack([b.new[:b.n], outside.long()]).tolist()
+    lost = (logits if probs is None else probs).gather(1, b.new[:b.n, None])[:, 0].isnan()
+    ids, late = torch.stack([torch.where(lost, -1, b.new[:b.n]), (outside & ~lost).long()]).tolist()
     if not any(late): return ids
     b.new[:b.n] = settle(probs, b.uniforms[:b.n].index_select(1, b.step)[:, 0], b.config, b.new[:b.n].clone(), outside)
     return b.new[:b.n].tolist()
@@ -186,7 +187,7 @@ def advance(batch:Batch):
     if batch.ban is not None and int(batch.step) + 1 >= batch.config.min_new_tokens: batch.ban.zero_()
     batch.proposed = batch.graphs.run(lambda: forward(batch), batch.n)
 
-# %% ../nbs/04_generation.ipynb #70eca739
+# %% ../nbs/04_generation.ipynb #3371b1e0
 def decode_rows(batch:Batch, prompts:list[list[int]], # ids of every row's prompt; equal prompts are read once
                 u:np.ndarray,                # [rows, max_new_tokens, 4] uniform numbers
                 rule:StopRule,
@@ -200,6 +201,7 @@ def decode_rows(batch:Batch, prompts:list[list[int]], # ids of every row's promp
         if logprobs: p_new = batch.proposed[0].float().log_softmax(-1).gather(1, batch.new[:batch.n, None])[:, 0].tolist()
         for r, i in enumerate(batch.order):
             if i is None: continue
+            if new[r] < 0: raise UserError(f"the policy's logits are NaN after {t - 1} tokens of answer {i} to {rule.tokenizer.decode(prompts[i])!r}; its weights are damaged, or the number format is too narrow (sampling_dtype)")
             ids[i].append(new[r])
             if logprobs: logps[i].append(p_new[r])
             stop = rule(ids[i])
