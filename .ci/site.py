@@ -67,6 +67,7 @@ def stage(cache, folder):
         for cell in nb["cells"]:
             source = "".join(cell["source"])
             if cell["cell_type"] == "markdown": cell["source"] = renamed_links(source, known)
+            for shown in (o["data"] for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})): shown["text/markdown"] = renamed_links("".join(shown["text/markdown"]), known)
             if cell["cell_type"] == "raw": cell["source"] = re.sub(r"^output-file:.*\n", "", source, flags=re.M)
         (folder/path).unlink()
         (folder/path).with_name(page_name(path.name)).write_text(json.dumps(nb), encoding="utf-8")

@@ -108,7 +108,8 @@ def test_a_copy_for_smalldocs_has_pages_under_their_public_names(tmp_path):
     import json
     cache, out = tmp_path/"_proc", tmp_path/"out"
     (cache/"experiments").mkdir(parents=True)
-    cells = [{"cell_type": "markdown", "source": "[core](../00_core.ipynb#opt) [other](https://x.example/77_other.ipynb)"}]
+    cells = [{"cell_type": "markdown", "source": "[core](../00_core.ipynb#opt) [other](https://x.example/77_other.ipynb)"},
+             {"cell_type": "code", "source": "table", "outputs": [{"output_type": "display_data", "data": {"text/markdown": "| [c](../00_core.ipynb) |"}}]}]
     front = {"cell_type": "raw", "source": "---\noutput-file: core.html\ntitle: core\n---\n"}
     (cache/"00_core.ipynb").write_text(json.dumps({"cells": [front]}))
     (cache/"experiments/01_best.ipynb").write_text(json.dumps({"cells": cells}))
@@ -116,6 +117,7 @@ def test_a_copy_for_smalldocs_has_pages_under_their_public_names(tmp_path):
     tool("site").stage(cache, out)
     assert tool("site").names(out) == [Path("core.ipynb"), Path("experiments/best.ipynb")]
     assert json.loads((out/"core.ipynb").read_text())["cells"][0]["source"] == "---\ntitle: core\n---\n"
+    assert "| [c](../core.ipynb) |" in (out/"experiments/best.ipynb").read_text()
     assert "(../core.ipynb#opt) [other](https://x.example/77_other.ipynb)" in (out/"experiments/best.ipynb").read_text()
     assert (out/"sidebar.yml").read_text() == "- core.ipynb\n- experiments/best.ipynb\n"
 
