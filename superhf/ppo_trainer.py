@@ -6,7 +6,7 @@
 __all__ = ['PPO_GLOSSARY', 'responses', 'step_generator', 'batch_rows', 'make_ppo_optimizer', 'kl_per_token', 'PPORecords',
            'PPOTrainer']
 
-# %% ../nbs/09d_ppo_trainer.ipynb #92b16502
+# %% ../nbs/09d_ppo_trainer.ipynb #ac7cc2a9
 import logging, time
 from dataclasses import replace
 import torch
@@ -16,7 +16,7 @@ from .models import trainable
 from .ppo import PPOConfig, Rows, check_ppo_config, lay_out, ppo_learning_rate
 from .ppo_checks import divergence_signs, self_checks, text_signs
 from .ppo_update import StartingPolicy, ppo_step, roll_out, with_value_head
-from .runs import RunFolder, RunLoop, peak_memory
+from .runs import RunFolder, RunLoop, peak_memory, return_memory
 from .training import GLOSSARY, Clock, Metric, SuperHFTrainer, check_stopping, prompts_of, sample, sample_rows
 
 # %% ../nbs/09d_ppo_trainer.ipynb #73bf839e
@@ -121,7 +121,7 @@ class PPORecords(SuperHFTrainer):
         "The numbers that the next step depends on, beside weights and moments."
         return dict(ema=self.ema, tokens=self.tokens, kl_coef=self.kl_coef, first=self.first, told=self.told)
 
-# %% ../nbs/09d_ppo_trainer.ipynb #074e92dc
+# %% ../nbs/09d_ppo_trainer.ipynb #89445c7a
 class PPOTrainer(PPORecords):
     "Trains a policy by PPO on the ground of SuperHF; every step is a line in the run folder."
     def __init__(self, config:PPOConfig, policy, tokenizer,
@@ -165,6 +165,7 @@ class PPOTrainer(PPORecords):
         rows = batch_rows(prompt_ids, response_ids, scores, self.tokenizer, self.policy.device)
         if step == 1 and c.self_checks: self.refuse(self_checks(self.model, self.reference, rows, prompt_ids, response_ids, c))
         for group in self.optimizer.param_groups: group["lr"] = ppo_learning_rate(step, c)
+        return_memory()
         stats, self.kl_coef = ppo_step(self.model, self.reference, rows, self.optimizer, c, self.kl_coef, step_generator(c.seed, step))
         self.optimizer.zero_grad()
         return dict(skipped="", selected=int(rows.mask.any(1).sum())) | stats | {"kl": kl_per_token(stats, rows)}

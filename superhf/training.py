@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'GLOSSARY', 'TIMES', 'SuperHFConfig', 'learning_rate_at', 
            'check_stopping', 'average', 'not_finite', 'make_sampler', 'Clock', 'sample_rows', 'progress_text', 'Ground',
            'SuperHFTrainer']
 
-# %% ../nbs/08_training.ipynb #40577ee6
+# %% ../nbs/08_training.ipynb #b7570681
 import math, time
 from dataclasses import dataclass, asdict
 from typing import NamedTuple
@@ -16,15 +16,15 @@ import numpy as np, torch
 from .core import UserError, opt, check_config
 from .gaming import superbatch_signs
 from .generation import BatchSize, Completion, Sampler, SamplingConfig
-from .inference import sampling_dtype
+from .inference import multiplies_in_bfloat16, sampling_dtype
 from .models import add_lora, trainable
 from .objectives import Reference, accumulate, checkpointing, make_optimizer, mean_kl, optimizer_step, target_ids
 from .processes import Processes
 from .prompts import get_format
-from .runs import RunFolder, RunLoop, peak_memory
+from .runs import RunFolder, RunLoop, peak_memory, return_memory
 from .scoring import Shaping, call_reward, penalties, select_top_k
 
-# %% ../nbs/08_training.ipynb #70b969c7
+# %% ../nbs/08_training.ipynb #366c5595
 @dataclass
 class SuperHFConfig:
     "All settings of a SuperHF run; defaults are Table 2 unless said otherwise."
@@ -63,7 +63,7 @@ class SuperHFConfig:
     finetuning_batch_size: int = opt(8, "completions per forward and backward pass; gradients add up to one step (Table 2)", low=1)
     lora_rank: int = opt(0, "rank of LoRA adapters; 0 trains all weights", low=0)
     dtype: str = opt("float32", "number format of the trained weights (Table 2: FP32)", choices=["float32", "bfloat16"])
-    mixed_precision: str = opt("no", "number format of the passes while fine-tuning: no keeps dtype (Table 2: No), bf16 multiplies in bfloat16", choices=["no", "bf16"])
+    mixed_precision: str = opt("no", "number format of the passes while fine-tuning: no keeps dtype (Table 2: No), bf16 multiplies in bfloat16, auto does so where it is native", choices=["no", "bf16", "auto"])
     sampling_dtype: str = opt("auto", "number format to sample in: auto takes bfloat16 where it is native", choices=["auto", "policy", "float32", "bfloat16", "float16"])
     gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass instead of keeping them")
     device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
@@ -306,7 +306,7 @@ class Ground(RunLoop):
         "What the progress bar says after a superbatch."
         return progress_text(record)
 
-# %% ../nbs/08_training.ipynb #78a1e6c0
+# %% ../nbs/08_training.ipynb #26fb2361
 class SuperHFTrainer(Ground):
     "Trains a policy by SuperHF (section 3.1); every step is a line in the run folder."
     def __init__(self, config:SuperHFConfig, policy, tokenizer,
@@ -341,8 +341,9 @@ class SuperHFTrainer(Ground):
         if not chosen: return dict(skipped="no completion could be selected: all are empty or without a finite score")
         each, eos, c = len(completions)//len(prompts), self.tokenizer.eos_token_id, self.config
         rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(completions[i], eos)) for i in chosen]
+        return_memory()
         with checkpointing(self.policy, c.gradient_checkpointing):
-            sums = accumulate(self.policy, rows[self.processes.rank::self.processes.size], self.batches, self.tokenizer.pad_token_id, len(rows), mixed=c.mixed_precision == "bf16",
+            sums = accumulate(self.policy, rows[self.processes.rank::self.processes.size], self.batches, self.tokenizer.pad_token_id, len(rows), mixed=multiplies_in_bfloat16(c.mixed_precision, self.policy.device),
                               reference=self.reference.model(self.policy) if self.reference else None, kl_coef=c.kl_coef, inverse_loss=c.inverse_loss_penalty)
         self.processes.add_gradients(trainable(self.policy))
         stats = average(self.processes.gather([sums]), len(rows))
