@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'ASSETS', 'plain', 'safe_json', 'open_run', 'records_of', 'state_of', 'curves_of', 'held_out_of', 'gaming_of',
-           'run_data', 'some_of', 'columns_of', 'rounded', 'page', 'incomparable', 'make_report', 'ReportConfig',
-           'report_command']
+           'plain_options', 'machine_of', 'run_data', 'some_of', 'columns_of', 'rounded', 'page', 'incomparable',
+           'make_report', 'ReportConfig', 'report_command']
 
 # %% ../nbs/11g_report.ipynb #35cec414
 import base64, hashlib, html, importlib.util, json, math, string, time
@@ -91,7 +91,19 @@ def gaming_of(samples:list[dict], metrics:list[dict], evaluations:list[dict]) ->
     report = gaming_report(samples, metrics, evaluations)
     return dict(lines=gaming_text(report).splitlines(), best_of_k=report["best_of_k"].to_dict("records"), phrases=report["phrases"].head(20).to_dict("records"))
 
-# %% ../nbs/11g_report.ipynb #dc3d4747
+# %% ../nbs/11g_report.ipynb #2301f367
+def plain_options(config:dict) -> dict:
+    "Options as numbers, texts and lists of them."
+    return {k: v if isinstance(v, (int, float, str, list, type(None))) else str(v) for k, v in config.items()}
+
+# %% ../nbs/11g_report.ipynb #ed2beee2
+def machine_of(record:dict) -> str:
+    "What a run computed on, in a line; what is not recorded is left out."
+    h, v = record.get("hardware") or {}, record.get("versions") or {}
+    parts = [", ".join(h.get("gpus") or []), f"{h['cpu_threads']} CPU threads" if "cpu_threads" in h else "", *(f"{k} {v[k]}" for k in ("superhf", "torch", "transformers") if k in v)]
+    return ", ".join(p for p in [*parts, f"commit {record['git_commit'][:10]}" if record.get("git_commit") else ""] if p)
+
+# %% ../nbs/11g_report.ipynb #04b19972
 def run_data(path, warnings:list[str]) -> tuple[dict, list[dict]]:
     "What the page says about a run, and its samples."
     run, record = open_run(path)
@@ -102,7 +114,7 @@ def run_data(path, warnings:list[str]) -> tuple[dict, list[dict]]:
     if state != "finished": mine.append(f"{run.path.name}: {state}")
     last = metrics[-1] if metrics else {}
     data = dict(name=str(path).rstrip("/"), method="PPO" if "ppo_epochs" in c else "SuperHF", model=c.get("model"), reward_model=str(c.get("reward_model")), validation=c.get("validation_reward_model"),
-                seed=c.get("seed"), asked=c.get("superbatches"), done=last.get("step", 0), state=state, reward=last.get("reward/ema"), kl=last.get("kl"), config=yaml.safe_dump(record, sort_keys=False, allow_unicode=True),
+                seed=c.get("seed"), asked=c.get("superbatches"), done=last.get("step", 0), state=state, reward=last.get("reward/ema"), kl=last.get("kl"), config=yaml.safe_dump(record, sort_keys=False, allow_unicode=True), options=plain_options(c), machine=machine_of(record),
                 curves=curves_of(metrics, evaluations), changes=changes, pairs=pairs, gaming=gaming_of(samples, metrics, evaluations))
     warnings += mine
     return data, samples

@@ -40,7 +40,7 @@ function ticks(low, high, n = 4) {
   return found;
 }
 
-function chart(title, lines, xLabel = "superbatch") {
+function chart(title, caption, lines, xLabel = "superbatch") {
   const W = 360, H = 200, left = 46, right = 8, top = 8, bottom = 34;
   const points = lines.flatMap(l => l.points.concat(l.band ?? [])).filter(p => p[1] !== null);
   if (!points.length) return null;
@@ -61,20 +61,30 @@ function chart(title, lines, xLabel = "superbatch") {
     if (l.dots) for (const p of shown) box.append(svg("circle", {cx: X(p[0]), cy: Y(p[1]), r: 1.4, fill: l.colour, "fill-opacity": 0.4}));
     else if (shown.length) box.append(svg("path", {d: "M" + shown.map(p => `${X(p[0]).toFixed(1)} ${Y(p[1]).toFixed(1)}`).join("L"), fill: "none", stroke: l.colour, "stroke-width": 1.8, "stroke-dasharray": l.dash ?? "none"}));
   }
-  return make("figure", {}, make("figcaption", {}, title), box);
+  return make("figure", {}, make("figcaption", {}, title, make("span", {}, caption)), box);
 }
 
-const CURVES = [["Reward: superbatches and moving average", ["reward/mean", "reward/ema"]], ["Held-out prompts: training reward", ["held_out/reward"]], ["Held-out prompts: second reward model", ["held_out/validation"]],
-  ["Reward of the second model on the samples", ["reward_val/mean"]], ["KL from the starting policy, nats per token", ["kl"]], ["Loss", ["loss"]], ["Entropy, nats per token", ["entropy"]],
-  ["Length, tokens", ["length/mean"]], ["Share of samples that end", ["ended/share"]], ["Different word pairs, share", ["diversity/distinct"]], ["Seconds per superbatch", ["time/total"]]];
+const CURVES = [["Reward", "mean score of a superbatch, by the reward model that selects; should rise", "reward/mean"], ["Reward by the second model", "which only watches; should rise with the first", "reward_val/mean"],
+  ["Reward on held-out prompts", "by the reward model that selects", "held_out/reward"], ["Second reward on held-out prompts", "where it turns down, the first is being gamed", "held_out/validation"],
+  ["KL from the starting policy", "nats per token", "kl"], ["Loss", "of the selected completions, nats per token", "loss"], ["Entropy", "nats per token; near 0 the policy says one thing only", "entropy"],
+  ["Length", "tokens", "length/mean"], ["Completions that end", "share; the others were cut off", "ended/share"], ["Different word pairs", "share in a superbatch; falls when all answers begin to look alike", "diversity/distinct"], ["Time", "seconds per superbatch", "time/total"]];
+
+const smooth = (points, weight = 0.9) => points.reduce((done, [x, y]) => { const last = done.length ? done[done.length - 1][1] : y; done.push([x, weight*last + (1 - weight)*y]); return done; }, []);
+
+// Every superbatch is a dot and the line a moving average; the few evaluations on held-out prompts are joined as they are.
+function linesOf(points, i, few) { return few ? [{points, colour: colour(i)}] : [{points, colour: colour(i), dots: true}, {points: smooth(points), colour: colour(i)}]; }
+
+// Reward on held-out prompts over the root of the KL divergence: what a distance from the start has bought.
+function overKL(r) {
+  const kl = new Map(r.curves["held_out/kl"] ?? []), reward = r.curves["held_out/validation"] ?? r.curves["held_out/reward"] ?? [];
+  return reward.filter(([step]) => kl.has(step)).map(([step, value]) => [Math.sqrt(Math.max(0, kl.get(step))), value]).sort((a, b) => a[0] - b[0]);
+}
 
 function drawCurves() {
   if (data.runs.length > 1) byId("key").append(...data.runs.map((r, i) => { const mark = make("i"); mark.style.color = colour(i); return make("span", {}, mark, r.name); }));
-  for (const [title, keys] of CURVES) {
-    const lines = data.runs.flatMap((r, i) => keys.filter(k => r.curves[k]).map(k => ({points: r.curves[k], colour: colour(i), dots: k === "reward/mean"})));
-    const figure = chart(title, lines);
-    if (figure) byId("curves").append(figure);
-  }
+  const add = (title, caption, lines, xLabel) => { const figure = chart(title, caption, lines, xLabel); if (figure) byId("curves").append(figure); };
+  for (const [title, caption, key] of CURVES) add(title, caption, data.runs.flatMap((r, i) => r.curves[key] ? linesOf(r.curves[key].filter(p => p[1] !== null), i, key.startsWith("held_out/")) : []));
+  add("Held-out reward over KL", "by the second reward model where there is one", data.runs.map((r, i) => ({points: overKL(r), colour: colour(i)})), "√KL");
 }
 
 // ---- tables
@@ -84,7 +94,10 @@ function drawRuns() {
   for (const w of data.warnings) byId("warnings").append(make("p", {class: "warning", role: "note"}, w));
   byId("runs").append(table(["run", "method", "policy", "reward model", "superbatches", "state", "reward, moving average", "KL", "seed"],
     data.runs.map(r => [r.name, r.method, r.model, r.reward_model, `${r.done} of ${r.asked}`, r.state, r.reward, r.kl, String(r.seed)])));
-  for (const r of data.runs) byId("options").append(make("details", {}, make("summary", {}, r.name), make("pre", {}, r.config)));
+  const keys = [...new Set(data.runs.flatMap(r => Object.keys(r.options)))], text = x => x === undefined ? "–" : typeof x === "string" ? x : JSON.stringify(x);
+  const differ = keys.filter(k => k !== "output_dir" && new Set(data.runs.map(r => text(r.options[k]))).size > 1);
+  if (differ.length) byId("options").append(make("p", {}, "Options in which the runs differ:"), table(["option", ...data.runs.map(r => r.name)], differ.map(k => [k, ...data.runs.map(r => text(r.options[k]))])));
+  for (const r of data.runs) byId("options").append(make("p", {class: "quiet"}, `${r.name}: ${r.machine}`), make("details", {}, make("summary", {}, `all options of ${r.name}`), make("pre", {}, r.config)));
 }
 
 function drawHeldOut() {
@@ -110,7 +123,7 @@ function drawGaming() {
     const b = g.best_of_k;
     if (b.length) {
       const band = b.map(k => [Math.log2(k.k), k.high]).concat(b.map(k => [Math.log2(k.k), k.low]).reverse());
-      at.append(make("div", {class: "charts"}, chart("What the best of k earns above one sample", [{points: b.map(k => [Math.log2(k.k), k.gain]), band, colour: colour(i)}], "log2 k")));
+      at.append(make("div", {class: "charts"}, chart("Best of k", "what it earns above one sample, with its 95 % interval", [{points: b.map(k => [Math.log2(k.k), k.gain]), band, colour: colour(i)}], "log2 k")));
     }
     if (g.phrases.length) at.append(table(["phrase", "of winners", "of the others", "early in the run", "late", "adjusted p"], g.phrases.map(p => [p.phrase, percent(p.winners), percent(p.losers), percent(p.early), percent(p.late), p.p])));
   });
