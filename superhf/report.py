@@ -18,12 +18,13 @@ from .figures import run_figures
 from .gaming import gaming_report, gaming_text
 from .runs import RunFolder
 
-# %% ../nbs/11g_report.ipynb #907f5172
+# %% ../nbs/11g_report.ipynb #aae0645e
 def plain(x):
-    "The same with None for what is not a finite number, and Python's own types for NumPy's."
+    "The same with None for what is not a finite number, Python's own types for NumPy's, and `?` for halves of surrogate pairs, which browsers choke on."
     if isinstance(x, dict): return {str(k): plain(v) for k, v in x.items()}
     if isinstance(x, (list, tuple, np.ndarray)): return [plain(v) for v in x]
     if isinstance(x, np.generic): x = x.item()
+    if isinstance(x, str): return x.encode("utf-8", "replace").decode()
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 # %% ../nbs/11g_report.ipynb #f85c62fe
