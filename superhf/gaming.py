@@ -174,11 +174,11 @@ def phrase_effect(samples:list[dict], phrase:str,
     low, high = interval(effect) if len(rows) > 1 else (math.nan, math.nan)
     return dict(phrase=phrase, completions=len(rows), effect=float(effect.mean()) if len(rows) else math.nan, low=float(low), high=float(high))
 
-# %% ../nbs/06a_gaming.ipynb #c135eeaf
+# %% ../nbs/06a_gaming.ipynb #392c2460
 def growth(samples:list[dict], phrases:list[str]) -> pd.DataFrame:
     "Share of samples with each phrase in the first and the last third of the superbatches, and the p value that it grew."
-    last = max((r["step"] for r in samples), default=0)
-    parts = [[phrases_of(r["completion"]) for r in samples if inside(r["step"])] for inside in (lambda t: t <= last/3, lambda t: t > 2*last/3)]
+    last, wanted = max((r["step"] for r in samples), default=0), set(phrases)
+    parts = [[wanted & phrases_of(r["completion"]) for r in samples if inside(r["step"])] for inside in (lambda t: t <= last/3, lambda t: t > 2*last/3)]
     counts = [[sum(p in found for found in part) for p in phrases] for part in parts]
     n, m = (max(1, len(part)) for part in parts)
     return pd.DataFrame(dict(phrase=phrases, early=np.array(counts[0])/n, late=np.array(counts[1])/m, p=[chance_of_more(b, m, a, n) for a, b in zip(*counts)]))
