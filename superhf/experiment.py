@@ -108,12 +108,12 @@ def markdown_table(table:pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 # %% ../nbs/11b_experiment.ipynb #3352f518
-def save_model(run, trainer, card:str):
-    "The final policy and tokenizer, loadable with `from_pretrained`, with card and curve."
+def save_model(run, trainer, card:str, weights:dict|None=None):
+    "The final policy and tokenizer, loadable with `from_pretrained`, with card and curve; `weights` where the policy is in shards."
     from superhf.models import write_beside
     policy = trainer.policy.merge_and_unload() if hasattr(trainer.policy, "merge_and_unload") else trainer.policy
     def write(folder):
-        policy.save_pretrained(folder)
+        policy.save_pretrained(folder, state_dict=weights)
         trainer.tokenizer.save_pretrained(folder)
         (folder/"README.md").write_text(card)
         if (run.figures/"reward_curve.png").exists(): shutil.copy(run.figures/"reward_curve.png", folder)
@@ -170,10 +170,10 @@ def run_method(Trainer, config, preset=None, resume=None):
     "A training run of either method on its run folder, with held-out prompts sampled before and after."
     from superhf.data import load_prompts
     from superhf.models import load_policy
-    from superhf.processes import Processes
     from superhf.runs import RunFolder, writing
+    from superhf.sharding import start_processes
     from superhf.training import score_stats
-    processes, names = Processes(), tracker_names(config.track)
+    processes, names = start_processes(), tracker_names(config.track)
     check_push(config.push_to_hub)
     prompts, kept = split_holdout(load_prompts(config.prompts), config.holdout, config.seed)
     if not resume and processes.first: RunFolder(config.output_dir).check_free()
@@ -210,13 +210,15 @@ def finish(run, trainer, rewards:dict, prompts:list[dict], kept:list[dict], befo
     from collections import Counter
     from superhf.evaluation import compare, held_out, reward_curve, save_figure, side_by_side
     from superhf.runs import peak_memory, read_lines
+    from superhf.sharding import whole_tensors
     after = held_out(trainer.sampler, rewards, kept, seed=trainer.config.seed) if kept else []
+    weights = whole_tensors(dict(trainer.policy.named_parameters()), trainer.processes.first) if trainer.processes.in_shards else None
     if not trainer.processes.first: return trainer.processes.wait()
     write_whole(run.path/"held_out_after.jsonl", after, trainer.processes)
     metrics, changes = read_lines(run.metrics), compare(before, after, rewards) if kept else None
     save_figure(reward_curve(metrics), run.figures/"reward_curve.png")
     signs = watch_for_gaming(run, metrics, rewards["reward"])
-    save_model(run, trainer, model_card(trainer.config, changes, Counter(p["source"] for p in prompts)))
+    save_model(run, trainer, model_card(trainer.config, changes, Counter(p["source"] for p in prompts)), weights)
     if kept: tell(comparison_text(changes, side_by_side(before, after)))
     tell(signs)
     if trainer.stopped: tell(f"{trainer.stopped}: stopped after superbatch {trainer.step}; model/ is that of superbatch {(trainer.best or dict(step=trainer.step))['step']}")

@@ -259,14 +259,15 @@ class Sampler:
     "Samples completions from a policy that is in training: `sampler(prompts, seed, step)`."
     def __init__(self, policy, tokenizer, format, config:SamplingConfig,
                  batch_size:int=32,     # rows decoded at once
-                 dtype:str="auto"):     # number format: `auto`, `policy`, or one by name
+                 dtype:str="auto",      # number format: `auto`, `policy`, or one by name
+                 apart:bool=False):     # sample from a copy even in the policy's own format: its weights are in shards
         self.policy, self.tokenizer, self.format, self.config = policy, tokenizer, format, config
         generation = getattr(policy, "generation_config", None)
         eos = getattr(generation, "eos_token_id", None)
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
         self.rule, self.batches, self.batch = StopRule(tokenizer, format, eos), BatchSize(batch_size, "sampling"), None
         dtype = sampling_dtype(dtype, policy)
-        self.copy = SamplingCopy(policy, dtype) if dtype != policy.dtype else None
+        self.copy = SamplingCopy(policy, dtype) if apart or dtype != policy.dtype else None
 
     def model(self):
         "The weights to sample with: the policy's own, or a fresh copy in another format."

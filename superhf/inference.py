@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAME_INPUT', 'RowLayer', 'fill_holes', 'decode_attention', 'register_attention', 'decoding', 'Packed', 'PackedLinear',
-           'pack_linears', 'acting', 'SamplingCopy', 'native_bfloat16', 'multiplies_in_bfloat16', 'sampling_dtype']
+           'pack_linears', 'acting', 'whole', 'SamplingCopy', 'native_bfloat16', 'multiplies_in_bfloat16',
+           'sampling_dtype']
 
 # %% ../nbs/03b_inference.ipynb #a43ac6a3
 import copy
@@ -139,6 +140,11 @@ def acting(layer:nn.Module, leaf:str) -> torch.Tensor:
         for adapter in layer.active_adapters: value = value + layer.get_delta_weight(adapter)
     return value
 
+# %% ../nbs/03b_inference.ipynb #9c4cd783
+def whole(x:torch.Tensor) -> torch.Tensor:
+    "A tensor in full; one in shards is brought together, by all processes at once."
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
 # %% ../nbs/03b_inference.ipynb #4fe2d7c5
 class SamplingCopy:
     "A copy of the policy in another number format, packed on CPU, refreshed in place."
@@ -153,7 +159,7 @@ class SamplingCopy:
     def refresh(self, policy):
         "Take over the policy's weights as they are now."
         base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-        now = lambda path, leaf: acting(base.get_submodule(path), leaf)
+        now = lambda path, leaf: whole(acting(base.get_submodule(path), leaf))
         cast = lambda x: None if x is None else x.to(self.model.dtype)
         for pack in self.packs: pack.put(*([cast(now(path, leaf)) for path in pack.paths] for leaf in ("weight", "bias")))
         for path, layer in self.model.named_modules():

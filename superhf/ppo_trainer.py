@@ -130,6 +130,7 @@ class PPOTrainer(PPORecords):
                  validation_reward_model=None, # only watches
                  run:RunFolder|None=None):     # where to record; nothing is written without
         RunLoop.__init__(self, check_ppo_config(config), run)
+        if self.processes.in_shards: raise UserError("PPO does not train a policy in shards; launch it without FSDP or DeepSpeed")
         check_stopping(config)
         self.prepare(policy, tokenizer, reward_model, prompts, validation_reward_model)
         self.model, self.reference = with_value_head(self.policy, config, config.seed), StartingPolicy(self.policy)

@@ -48,6 +48,7 @@ def meet(timeout:float): # seconds that a process waits for another
 # %% ../nbs/06b_processes.ipynb #9a9e8c04
 class Processes:
     "This process among those that were launched together; alone, where it was started by itself."
+    in_shards = False   # whether the policy is spread over them
     def __init__(self, timeout:float|None=None): # seconds to wait for another process
         self.rank, self.size, self.timeout = 0, 1, timeout or float(os.environ.get("SUPERHF_TIMEOUT", 1800))
         if int(os.environ.get("WORLD_SIZE", 1)) > 1: self.join()
@@ -82,12 +83,24 @@ class Processes:
         "Whether it is true for at least one process."
         return any(self.gather([bool(flag)]))
 
+    def rows(self, rows:list) -> list:
+        "Its share of the rows to fine-tune on."
+        return rows[self.rank::self.size]
+
+    def sums(self, mine:dict) -> list[dict]:
+        "The sums over everybody's rows."
+        return self.gather([mine])
+
     def add_gradients(self, parameters):
         "Add up the gradients of all processes; one that had no rows counts as zero."
         if self.size == 1: return
         for p in parameters:
             if p.grad is None: p.grad = torch.zeros_like(p)
             with self.waiting(): torch.distributed.all_reduce(p.grad)
+
+    def spread(self, policy):
+        "The policy as these processes hold it: whole."
+        return policy
 
     def wait(self):
         "Until all processes are here."

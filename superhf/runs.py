@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['plain', 'append_lines', 'read_lines', 'rewind', 'versions', 'hardware', 'git_commit', 'peak_memory', 'return_memory',
-           'RunFolder', 'sync', 'sizes', 'is_whole', 'best_of', 'save_checkpoint', 'resume_point', 'write_state',
-           'read_state', 'interrupts', 'writing', 'RunKeeper', 'RunLoop']
+           'RunFolder', 'sync', 'sizes', 'is_whole', 'best_of', 'save_checkpoint', 'resume_point', 'state_tensors',
+           'write_state', 'read_state', 'interrupts', 'writing', 'RunKeeper', 'RunLoop']
 
 # %% ../nbs/07_runs.ipynb #47c7ba49
 import ctypes, json, logging, math, os, platform, resource, shutil, signal, subprocess, sys, threading
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch, yaml
 from tqdm.auto import tqdm
 from .core import Interrupted, UserError
-from .processes import Processes
+from .sharding import part_of, start_processes, whole_tensors
 
 # %% ../nbs/07_runs.ipynb #e294af2b
 def plain(x):
@@ -174,12 +174,19 @@ def resume_point(run:RunFolder) -> tuple:
     return 0, None
 
 # %% ../nbs/07_runs.ipynb #2636784b
-def write_state(folder:Path, model, optimizer, state:dict):
+def state_tensors(model, optimizer,
+                  keep:bool=True): # whether this process writes them
+    "Trained weights by name, and the optimizer's moments by number and name; those in shards are brought together, by all processes."
+    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    moments = {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+    return whole_tensors(weights, keep), whole_tensors(moments, keep)
+
+# %% ../nbs/07_runs.ipynb #f12f6d08
+def write_state(folder:Path, weights:dict, moments:dict, state:dict):
     "Trained weights, optimizer moments and JSON numbers of a trainer."
     from safetensors.torch import save_file
-    save_file({n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}, folder/"model.safetensors")
-    moments = {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
-    save_file({k: v.contiguous() for k, v in moments.items()}, folder/"optimizer.safetensors")
+    save_file(weights, folder/"model.safetensors")
+    save_file(moments, folder/"optimizer.safetensors")
     (folder/"state.json").write_text(json.dumps(state))
 
 # %% ../nbs/07_runs.ipynb #808d05c5
@@ -188,11 +195,11 @@ def read_state(folder:Path, model, optimizer) -> dict:
     from safetensors.torch import load_file
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in load_file(folder/"model.safetensors").items(): parameters[name].copy_(value)
-    moments = {}
+        for name, value in load_file(folder/"model.safetensors").items(): parameters[name].copy_(part_of(value, parameters[name]))
+    moments, moved = {}, [p for group in optimizer.param_groups for p in group["params"]]
     for key, value in load_file(folder/"optimizer.safetensors").items():
         i, _, name = key.partition(".")
-        moments.setdefault(int(i), {})[name] = value
+        moments.setdefault(int(i), {})[name] = part_of(value, moved[int(i)]) if value.shape == moved[int(i)].shape else value
     optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
     return json.loads((folder/"state.json").read_text())
 
@@ -228,7 +235,7 @@ class RunKeeper:
     kept = ("skips", "best", "stale", "stopped")    # what the loop itself remembers in a checkpoint
 
     def __init__(self, config, run:RunFolder|None=None):
-        self.config, self.run, self.processes = config, run, Processes()
+        self.config, self.run, self.processes = config, run, start_processes()
         self.step, self.skips, self.best, self.stale, self.stopped = 0, 0, None, 0, ""
         self.evaluation, self.track = None, None    # functions: () -> numbers; (numbers, step) -> None
 
@@ -260,8 +267,9 @@ class RunKeeper:
     def save(self):
         "Write a checkpoint of everything that the next superbatch depends on."
         state = self.state() | {k: getattr(self, k) for k in self.kept}
+        tensors = state_tensors(self.trained(), self.optimizer, self.processes.first)
         if self.processes.first:
-            with writing(self.run, self.step): save_checkpoint(self.run, self.step, lambda folder: write_state(folder, self.trained(), self.optimizer, state))
+            with writing(self.run, self.step): save_checkpoint(self.run, self.step, lambda folder: write_state(folder, *tensors, state))
         self.processes.wait()
 
     def back_to_best(self):

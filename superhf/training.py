@@ -242,10 +242,10 @@ def not_finite(numbers:dict) -> str:
     return next((f"the {name} is {x}" for name, x in numbers.items() if not math.isfinite(x)), "")
 
 # %% ../nbs/08_training.ipynb #e0472b91
-def make_sampler(config:SuperHFConfig, policy, tokenizer, format) -> Sampler:
+def make_sampler(config:SuperHFConfig, policy, tokenizer, format, apart:bool=False) -> Sampler:
     "The sampler that a config asks for."
     sampling = SamplingConfig(config.max_new_tokens, 0, config.temperature, config.top_p, config.sampling_top_k, config.repetition_penalty)
-    return Sampler(policy, tokenizer, format, sampling, config.generation_batch_size, config.sampling_dtype)
+    return Sampler(policy, tokenizer, format, sampling, config.generation_batch_size, config.sampling_dtype, apart)
 
 # %% ../nbs/08_training.ipynb #39eb190d
 class Clock:
@@ -279,7 +279,7 @@ class Ground(RunLoop):
         self.reward_model, self.validation_reward_model = reward_model, validation_reward_model
         self.policy = add_lora(policy, self.config.lora_rank) if self.config.lora_rank else policy
         self.format = get_format(self.config.prompt_format, tokenizer)
-        self.sampler = make_sampler(self.config, self.policy, tokenizer, self.format)
+        self.sampler = make_sampler(self.config, self.policy, tokenizer, self.format, self.processes.in_shards)
         self.ema, self.tokens, self.queue = None, 0, dict(epoch=0, at=0, back=[])
 
     def draw(self, step:int) -> list[dict]:
@@ -317,9 +317,10 @@ class SuperHFTrainer(Ground):
         check_run(check_config(config))
         super().__init__(config, run)
         self.prepare(policy, tokenizer, reward_model, prompts, validation_reward_model)
-        self.optimizer = make_optimizer(self.policy, config)
         self.batches = BatchSize(config.finetuning_batch_size, "fine-tuning")
         self.reference = Reference(self.policy, sampling_dtype(config.sampling_dtype, self.policy)) if config.measure_kl else None
+        self.policy = self.processes.spread(self.policy)
+        self.optimizer = make_optimizer(self.policy, config)
         self.shaping = Shaping(config.length_penalty, config.length_formula, config.repeated_penalty, config.unfinished_penalty)
 
     def superbatch(self, step:int) -> tuple:
@@ -343,10 +344,10 @@ class SuperHFTrainer(Ground):
         rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(completions[i], eos)) for i in chosen]
         return_memory()
         with checkpointing(self.policy, c.gradient_checkpointing):
-            sums = accumulate(self.policy, rows[self.processes.rank::self.processes.size], self.batches, self.tokenizer.pad_token_id, len(rows), mixed=multiplies_in_bfloat16(c.mixed_precision, self.policy.device),
+            sums = accumulate(self.policy, self.processes.rows(rows), self.batches, self.tokenizer.pad_token_id, len(rows), mixed=multiplies_in_bfloat16(c.mixed_precision, self.policy.device),
                               reference=self.reference.model(self.policy) if self.reference else None, kl_coef=c.kl_coef, inverse_loss=c.inverse_loss_penalty)
         self.processes.add_gradients(trainable(self.policy))
-        stats = average(self.processes.gather([sums]), len(rows))
+        stats = average(self.processes.sums(sums), len(rows))
         norm = optimizer_step(self.policy, self.optimizer, learning_rate_at(step, c), c.max_grad_norm, stats["loss"])
         return stats | dict(grad_norm=norm, skipped=not_finite({"loss": stats["loss"], "gradient's norm": norm}))
 

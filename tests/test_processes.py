@@ -8,11 +8,13 @@ import os, signal, socket, subprocess, sys, time
 import pytest
 from safetensors.torch import load_file
 
+from superhf.models import package_file
 from superhf.runs import read_lines
 from superhf.training import TIMES
 from test_resume import ended, environment, fork, model
 
 TOLERANCE = 3e-4
+LAUNCH = package_file("superhf", "assets/launch")
 
 def options(model, run, size=5, top_k=3, superbatches=10):
     "A superbatch that two processes cannot share equally: 3 and 2 completions, 2 and 1 rows to fine-tune."
@@ -21,10 +23,8 @@ def options(model, run, size=5, top_k=3, superbatches=10):
 
 def together(model, argvs, said=None, **env) -> list[int]:
     "Forks that know of each other; their ids."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return [fork(model, *argv, said=f"{said}{r}" if said else os.devnull, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(len(argvs)), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **env)
+    at = str(port())
+    return [fork(model, *argv, said=f"{said}{r}" if said else os.devnull, RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(len(argvs)), MASTER_ADDR="127.0.0.1", MASTER_PORT=at, **env)
             for r, argv in enumerate(argvs)]
 
 def same_run(ours, theirs):
@@ -50,13 +50,56 @@ def whole(model, tmp_path_factory):
     assert ended(fork(model, "train", *options(model, run))) == 0
     return run
 
-def test_accelerate_launch(model, whole, tmp_path):
-    "Two processes by accelerate's own launcher; `--multi_gpu` is its name for it, without a GPU it is gloo."
+def launched(model, config, *more, argv, **env) -> subprocess.Popen:
+    "accelerate's own launcher with one of the project's config files, two processes, no GPU in sight."
+    return subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH/config), "--num_processes", "2", *map(str, more), "-m", "superhf.cli", *argv],
+                            env=environment(model) | dict(CUDA_VISIBLE_DEVICES="") | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def port() -> int:
+    "A port that nobody listens on."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+@pytest.mark.parametrize("config", ["gpus.yaml", "fsdp.yaml"])
+def test_accelerate_launch(config, model, whole, tmp_path):
+    "Two processes, each with a whole policy, or each with half of it: the run of one process. Without a GPU they meet over gloo."
     run = tmp_path/"run"
-    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-                           "-m", "superhf.cli", "train", *options(model, run)], env=environment(model), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = launched(model, config, "--main_process_port", 0, argv=["train", *options(model, run)])
+    said = done.communicate(timeout=180)[0]
+    assert done.returncode == 0, said[-3000:]
     same_run(run, whole)
+
+def test_two_machines(model, whole, tmp_path):
+    "Two launchers that know of each other by address, one process each."
+    run, at = tmp_path/"run", port()
+    machines = [launched(model, "machines.yaml", "--main_process_ip", "127.0.0.1", "--main_process_port", at, "--machine_rank", rank, argv=["train", *options(model, run)]) for rank in (0, 1)]
+    said = [m.communicate(timeout=180)[0] for m in machines]
+    assert [m.returncode for m in machines] == [0, 0], said[0][-3000:]
+    same_run(run, whole)
+
+ZERO = dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="2")
+
+def test_shards_killed_and_resumed_whole(model, whole, tmp_path):
+    "In shards, as DeepSpeed's launcher asks for them; both are killed, both go on, one is asked to end, and one process alone, with the whole policy, goes on."
+    run = tmp_path/"run"
+    pair = together(model, [["train", *options(model, run)]]*2, **ZERO)
+    wait_for(run, 3)
+    for p in pair: os.kill(p, signal.SIGKILL)
+    assert [ended(p) for p in pair] == [-9, -9] and len(read_lines(run/"metrics.jsonl")) < 10
+    pair = together(model, [["train", "--resume", str(run)]]*2, **ZERO)
+    wait_for(run, 4)
+    os.kill(pair[1], signal.SIGTERM)
+    assert [ended(p) for p in pair] == [130, 130]
+    assert ended(fork(model, "train", "--resume", run)) == 0
+    same_run(run, whole)
+
+def test_what_shards_cannot_do(model, tmp_path):
+    "PPO and adapters are refused in one line."
+    for argv, why in ((["ppo", "--model", str(model), "--reward-model", "myreward:vowels", "--output-dir", str(tmp_path/"ppo"), "--device", "cpu"], "PPO does not train a policy in shards"),
+                      (["train", *options(model, tmp_path/"lora"), "--lora-rank", "2"], "set lora_rank to 0")):
+        assert [ended(p) for p in together(model, [argv]*2, said=tmp_path/"said", **ZERO)] == [2, 2]
+        assert why in (tmp_path/"said0").read_text().splitlines()[-1]
 
 @pytest.mark.parametrize("processes, size, top_k", [(2, 1, 1), (3, 4, 2)])
 def test_nothing_to_do_and_nothing_written(processes, size, top_k, model, tmp_path):
