@@ -19,7 +19,7 @@ from .runs import read_lines
 @dataclass
 class SweepConfig:
     "Options of `superhf sweep`."
-    file: str = opt("", "YAML file that says what to run; paper-ppo is the nine runs of section 4.3")
+    file: str = opt("", "YAML file that says what to run, or one that comes along: paper-ppo (the nine runs of section 4.3), demo-seeds, demo-ppo")
     processes: int = opt(1, "runs at the same time", low=1)
     dry_run: bool = opt(False, "only say what would be run")
 
@@ -41,7 +41,8 @@ class Sweep:
 def read_sweep(path:str) -> Sweep:
     "The sweep of a file; every fault is named before anything runs."
     from superhf.models import package_file
-    path = package_file("superhf", "assets/sweeps/paper_ppo.yaml") if path == "paper-ppo" else Path(path)
+    ours = package_file("superhf", "assets/sweeps")/f"{path.replace('-', '_')}.yaml"
+    path = Path(path) if Path(path).is_file() or not ours.is_file() else ours
     if not path.is_file(): raise UserError(f"there is no sweep file {str(path)!r}")
     try: asked = yaml.safe_load(path.read_text())
     except yaml.YAMLError as e: raise UserError(f"{path}: {' '.join(str(e).split())}") from e
