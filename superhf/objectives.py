@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['target_ids', 'collate', 'mean_per_row', 'completion_logps', 'spread_rows', 'row_losses', 'row_entropy', 'row_kl',
-           'penalized', 'backward_pass', 'accumulate', 'make_optimizer', 'optimizer_step', 'Reference', 'mean_kl',
-           'checkpointing']
+           'penalized', 'backward_pass', 'sparse_rows', 'accumulate', 'make_optimizer', 'optimizer_step', 'Reference',
+           'mean_kl', 'checkpointing']
 
 # %% ../nbs/08a_objectives.ipynb #a56f4094
 import math
@@ -91,12 +91,24 @@ def backward_pass(model, rows:list[tuple],  # (prompt ids, target ids)
         if reference is not None and kl is None: kl = divergence(logps.detach())
         return dict(loss=losses.sum().item(), entropy=row_entropy(logps, targets).sum().item(), kl=None if kl is None else kl.sum().item())
 
+# %% ../nbs/08a_objectives.ipynb #b36c6c54
+@contextmanager
+def sparse_rows(model):
+    "For the time of the block the gradient of an embedding table that is the output layer too is added row by row."
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and table.weight is getattr(head, "weight", None) and hasattr(table, "sparse") and not hasattr(table.weight, "device_mesh")
+    was = getattr(table, "sparse", False)
+    if tied: table.sparse = True
+    try: yield
+    finally:
+        if tied: table.sparse = was
+
 # %% ../nbs/08a_objectives.ipynb #537c083a
 def accumulate(model, rows:list[tuple], batch:BatchSize, pad:int, total:int|None=None, **options) -> dict:
     "The gradient of the mean over `total` rows (these, unless given) in passes that fit; sums of loss, entropy and KL."
     while True:
         try:
-            parts = [backward_pass(model, rows[at:at + batch.now], total or len(rows), pad, **options) for at in range(0, len(rows), batch.now)]
+            with sparse_rows(model): parts = [backward_pass(model, rows[at:at + batch.now], total or len(rows), pad, **options) for at in range(0, len(rows), batch.now)]
             break
         except (RuntimeError, MemoryError) as error:
             batch.shrink(error)
