@@ -83,7 +83,7 @@ def held_out_of(run:RunFolder, warnings:list[str]) -> tuple[list[dict], list[dic
     except UserError as e: warnings.append(f"{run.path.name}: {e}"); return [], []
     first = lambda records: {r["prompt"]: r for r in reversed(records)}
     b, a = first(before), first(after)
-    return changes, [dict(source=b[p]["source"], prompt=p, before=b[p]["completion"], after=a[p]["completion"], reward_before=b[p]["reward"], reward_after=a[p]["reward"]) for p in b]
+    return changes, [dict(source=b[p]["source"], prompt=p, before=b[p]["completion"], after=a[p]["completion"], reward_before=b[p]["reward"], reward_after=a[p]["reward"]) for p in dict.fromkeys(r["prompt"] for r in before)]
 
 # %% ../nbs/11g_report.ipynb #ce2bb8b5
 def gaming_of(samples:list[dict], metrics:list[dict], evaluations:list[dict]) -> dict:

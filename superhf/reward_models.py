@@ -34,8 +34,6 @@ class RewardSettings:
     offset: float = 0.0            # mean of the training targets, added to the head's output
     scale: float = 1.0             # standard deviation of the training targets, multiplies the head's output
 
-RewardSettings()
-
 # %% ../nbs/05_reward_models.ipynb #4c19587a
 @dataclass
 class Frame:
@@ -274,7 +272,7 @@ def encode_texts(tokenizer, prompts:list, completions:list, max_length:int, kind
     if kind == "chat": texts = [tokenizer.apply_chat_template(turns(p, c), tokenize=False) for p, c in zip(prompts, completions)]
     else: texts = [f"{p}\n{c}" for p, c in zip(prompts, completions)]
     ids = tokenizer(texts, add_special_tokens=kind != "chat", verbose=False)["input_ids"] if texts else []
-    short = [row if len(row) <= max_length else row[:1] + row[1-max_length:] for row in ids]
+    short = [row if len(row) <= max_length else row[:1] + row[len(row)-max_length+1:] for row in ids]
     return [(row, [0] * len(row)) for row in short], [len(row) > max_length for row in ids]
 
 # %% ../nbs/05_reward_models.ipynb #66bc352d
