@@ -221,7 +221,7 @@ def finish(run, trainer, rewards:dict, prompts:list[dict], kept:list[dict], befo
     save_model(run, trainer, model_card(trainer.config, changes, Counter(p["source"] for p in prompts)), weights)
     if kept: tell(comparison_text(changes, side_by_side(before, after)))
     tell(signs)
-    if trainer.stopped: tell(f"{trainer.stopped}: stopped after superbatch {trainer.step}; model/ is that of superbatch {(trainer.best or dict(step=trainer.step))['step']}")
+    if trainer.stopped: tell(f"{trainer.stopped}: stopped after superbatch {trainer.step}; model/ is that of superbatch {trainer.best['step'] if trainer.best and trainer.config.stop_on == 'held-out' else trainer.step}")
     tell(f"reward/ema {digits(metrics[0]['reward/ema'])} -> {digits(metrics[-1]['reward/ema'])} (standard deviation within superbatch 1: {digits(metrics[0]['reward/std'])})")
     tell(f"peak memory {peak_memory():.2f} GiB")
     tell(f"run folder {run.path}: metrics.jsonl, samples.jsonl, figures/reward_curve.png, model/")

@@ -173,6 +173,7 @@ class PPOConfig:
     top_p: float = opt(1.0, "nucleus probability; 1 is off (Table 3)", above=0, high=1)
     # section 4.3
     superbatches: int = opt(62, "PPO steps; the paper's runs had about 62 of 32 answers", low=1)
+    max_tokens: int = opt(0, "tokens sampled after which the run ends, to compare methods at the same budget; the schedule goes by PPO steps all the same; 0 is off", low=0)
     superbatch_size: int = opt(32, "answers per PPO step (section 4.3)", low=1)
     superbatch_prompts: int = opt(32, "different prompts per PPO step; as many as answers gives each prompt one (section 4.3)", low=1)
     minibatch_size: int = opt(1, "answers per optimizer step; the paper tried 1, 2, 4 and 8 (section 4.3)", low=1)

@@ -237,6 +237,7 @@ class RunKeeper:
     def __init__(self, config, run:RunFolder|None=None):
         self.config, self.run, self.processes = config, run, start_processes()
         self.step, self.skips, self.best, self.stale, self.stopped = 0, 0, None, 0, ""
+        self.tokens = 0                             # sampled so far
         self.evaluation, self.track = None, None    # functions: () -> numbers; (numbers, step) -> None
 
     def option(self, name:str, default=0):
@@ -307,6 +308,8 @@ class RunLoop(RunKeeper):
         self.skips = self.skips + 1 if record.get("skipped") else 0
         self.write(record, samples)
         if self.evaluation and self.option("evaluate_every") and self.step % self.config.evaluate_every == 0: self.evaluate()
+        budget = self.option("max_tokens")
+        if budget and self.tokens >= budget and not self.stopped: self.stopped = f"{self.tokens} tokens are sampled, and max_tokens is {budget}"
         due = self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0 or self.best and self.best["step"] == self.step
         if self.run and (end or self.stopped or due and self.step < self.config.superbatches): self.save()
         if end and self.step < self.config.superbatches: raise Interrupted(f"stopped after superbatch {self.step}" + (f"; go on with --resume {self.run.path}" if self.run else ""))

@@ -37,6 +37,7 @@ class SuperHFConfig:
     output_dir: str = opt("runs/superhf", "folder of the run")
     seed: int = opt(0, "decides prompt order and every completion", low=0)
     superbatches: int = opt(2000, "superbatches to train for (Table 2)", low=1)
+    max_tokens: int = opt(0, "tokens sampled after which the run ends, to compare methods at the same budget; the schedule goes by superbatches all the same; 0 is off", low=0)
     superbatch_size: int = opt(32, "completions per superbatch, S (section 3.1; Table 2's generation batch)", low=1)
     superbatch_prompts: int = opt(1, "different prompts per superbatch: 1 is the paper's final method, S its general form (section 3.1)", low=1)
     top_k: int = opt(1, "completions kept per superbatch, K (Table 2)", low=1)
@@ -280,7 +281,7 @@ class Ground(RunLoop):
         self.policy = add_lora(policy, self.config.lora_rank) if self.config.lora_rank else policy
         self.format = get_format(self.config.prompt_format, tokenizer)
         self.sampler = make_sampler(self.config, self.policy, tokenizer, self.format, self.processes.in_shards)
-        self.ema, self.tokens, self.queue = None, 0, dict(epoch=0, at=0, back=[])
+        self.ema, self.queue = None, dict(epoch=0, at=0, back=[])
 
     def draw(self, step:int) -> list[dict]:
         "The prompts of superbatch `step`."
