@@ -285,6 +285,10 @@ class Sampler:
         self.batch.graphs.check(model)
         return self.batch
 
+    def rest(self):
+        "Give the buffers back until they are needed again; on a GPU captured steps point to them, and they stay."
+        if self.policy.device.type == "cpu": self.batch = None
+
     def __call__(self, prompts:list[str],      # one per completion; repeat a prompt to sample it many times
                  seed:int, step:int,           # of the run, of the superbatch
                  indices:list[int]|None=None,  # of the completions in the superbatch; counted from 0 unless given

@@ -166,6 +166,7 @@ class PPOTrainer(PPORecords):
         rows = batch_rows(prompt_ids, response_ids, scores, self.tokenizer, self.policy.device)
         if step == 1 and c.self_checks: self.refuse(self_checks(self.model, self.reference, rows, prompt_ids, response_ids, c))
         for group in self.optimizer.param_groups: group["lr"] = ppo_learning_rate(step, c)
+        self.sampler.rest()
         return_memory()
         stats, self.kl_coef = ppo_step(self.model, self.reference, rows, self.optimizer, c, self.kl_coef, step_generator(c.seed, step))
         self.optimizer.zero_grad()

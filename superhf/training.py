@@ -343,6 +343,7 @@ class SuperHFTrainer(Ground):
         if not chosen: return dict(skipped="no completion could be selected: all are empty or without a finite score")
         each, eos, c = len(completions)//len(prompts), self.tokenizer.eos_token_id, self.config
         rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(completions[i], eos)) for i in chosen]
+        self.sampler.rest()
         return_memory()
         with checkpointing(self.policy, c.gradient_checkpointing):
             sums = accumulate(self.policy, self.processes.rows(rows), self.batches, self.tokenizer.pad_token_id, len(rows), mixed=multiplies_in_bfloat16(c.mixed_precision, self.policy.device),
