@@ -157,7 +157,7 @@ def prompt_of(format, tokenizer, tokens:int) -> str:
 def row(stage:str, seconds:float, tokens:int=0, limit:float=0.0, device="cpu", **more) -> dict:
     "One line of the table."
     cuda = torch.device(device).type == "cuda"
-    peak = torch.cuda.max_memory_allocated(device)/2**30 if cuda else peak_memory()
+    peak = peak_memory(device)
     if cuda: torch.cuda.reset_peak_memory_stats(device)
     return dict(stage=stage, seconds=seconds, tokens_per_second=tokens/seconds if tokens else None, limit_seconds=limit or None, share_of_limit=limit/seconds if limit else None, peak_gib=peak) | more
 

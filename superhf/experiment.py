@@ -223,7 +223,7 @@ def finish(run, trainer, rewards:dict, prompts:list[dict], kept:list[dict], befo
     tell(signs)
     if trainer.stopped: tell(f"{trainer.stopped}: stopped after superbatch {trainer.step}; model/ is that of superbatch {trainer.best['step'] if trainer.best and trainer.config.stop_on == 'held-out' else trainer.step}")
     tell(f"reward/ema {digits(metrics[0]['reward/ema'])} -> {digits(metrics[-1]['reward/ema'])} (standard deviation within superbatch 1: {digits(metrics[0]['reward/std'])})")
-    tell(f"peak memory {peak_memory():.2f} GiB")
+    tell(f"peak memory {peak_memory(trainer.policy.device):.2f} GiB")
     tell(f"run folder {run.path}: metrics.jsonl, samples.jsonl, figures/reward_curve.png, model/")
     trainer.processes.wait()
     if trainer.config.push_to_hub: tell(push(trainer.config.push_to_hub, run.model))

@@ -147,7 +147,7 @@ class PPOTrainer(PPORecords):
         with clock("score"): scores, validation = self.score_texts(each, texts)
         with clock("finetune"): tuned = self.update(step, prompt_ids, response_ids, scores)
         record = self.record(step, prompts, completions, scores, validation, tuned)
-        record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory()}
+        record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory(self.policy.device)}
         trained = [i for i, ids in enumerate(response_ids) if ids and not tuned["skipped"]]
         return record, sample_rows(step, prompts, completions, scores, validation, trained)
 

@@ -76,8 +76,9 @@ def git_commit() -> str|None:
     return done.stdout.strip() or None
 
 # %% ../nbs/07_runs.ipynb #cbb0cdc2
-def peak_memory() -> float:
-    "Largest memory of this process so far, in GiB: resident on CPU."
+def peak_memory(device="cpu") -> float: # where the policy is
+    "Largest memory so far, in GiB: on a GPU what tensors took of it, else what was resident of this process."
+    if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device)/2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak*(1 if sys.platform == "darwin" else 1024)/2**30
 

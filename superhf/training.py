@@ -185,7 +185,7 @@ GLOSSARY = {
     "time/score": Metric("wall time of scoring, by both reward models", "s", "constant"),
     "time/finetune": Metric("wall time of the loss, its gradient and the step", "s", "constant"),
     "time/total": Metric("wall time of the whole superbatch", "s", "their sum, nearly"),
-    "memory/peak": Metric("largest resident memory of the process so far", "GiB", "constant after the first superbatches; growth is a leak"),
+    "memory/peak": Metric("largest memory so far: of the GPU what tensors took, on CPU what was resident of the process", "GiB", "constant after the first superbatches; growth is a leak"),
 }
 
 # %% ../nbs/08_training.ipynb #d19ac57c
@@ -335,7 +335,7 @@ class SuperHFTrainer(Ground):
         if tuned["skipped"]: chosen = []
         if c.put_back: self.put_back(prompts, len(completions)//len(prompts), chosen)
         record = self.record(step, prompts, completions, scores, validation, chosen, tuned)
-        record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory()}
+        record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory(self.policy.device)}
         return record, sample_rows(step, prompts, completions, scores, validation, chosen)
 
     def finetune(self, prompts, completions, chosen:list[int], step:int) -> dict:
