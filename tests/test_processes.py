@@ -78,22 +78,6 @@ def test_two_machines(model, whole, tmp_path):
     assert [m.returncode for m in machines] == [0, 0], said[0][-3000:]
     same_run(run, whole)
 
-ZERO = dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="2")
-
-def test_shards_killed_and_resumed_whole(model, whole, tmp_path):
-    "In shards, as DeepSpeed's launcher asks for them; both are killed, both go on, one is asked to end, and one process alone, with the whole policy, goes on."
-    run = tmp_path/"run"
-    pair = together(model, [["train", *options(model, run)]]*2, **ZERO)
-    wait_for(run, 3)
-    for p in pair: os.kill(p, signal.SIGKILL)
-    assert [ended(p) for p in pair] == [-9, -9] and len(read_lines(run/"metrics.jsonl")) < 10
-    pair = together(model, [["train", "--resume", str(run)]]*2, **ZERO)
-    wait_for(run, 4)
-    os.kill(pair[1], signal.SIGTERM)
-    assert [ended(p) for p in pair] == [130, 130]
-    assert ended(fork(model, "train", "--resume", run)) == 0
-    same_run(run, whole)
-
 def test_what_shards_cannot_do(model, tmp_path):
     "PPO and adapters are refused in one line."
     for argv, why in ((["ppo", "--model", str(model), "--reward-model", "myreward:vowels", "--output-dir", str(tmp_path/"ppo"), "--device", "cpu"], "PPO does not train a policy in shards"),
@@ -110,14 +94,17 @@ def test_nothing_to_do_and_nothing_written(processes, size, top_k, model, tmp_pa
     same_run(many, one)
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in many.iterdir()) and not elsewhere.exists()
 
-def test_killed_together_and_resumed(model, whole, tmp_path):
-    "Both are killed, both go on; then one of them is asked to end, both end with a checkpoint, and one alone goes on."
+ZERO = dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="2")
+
+@pytest.mark.parametrize("env", [{}, ZERO], ids=["whole", "in shards"])
+def test_killed_together_and_resumed(env, model, whole, tmp_path):
+    "Both are killed, both go on; then one of them is asked to end, both end with a checkpoint, and one alone goes on, with the whole policy. In shards as DeepSpeed's launcher asks for them."
     run = tmp_path/"run"
-    pair = together(model, [["train", *options(model, run)]]*2)
+    pair = together(model, [["train", *options(model, run)]]*2, **env)
     wait_for(run, 3)
     for p in pair: os.kill(p, signal.SIGKILL)
     assert [ended(p) for p in pair] == [-9, -9] and len(read_lines(run/"metrics.jsonl")) < 10
-    pair = together(model, [["train", "--resume", str(run)]]*2)
+    pair = together(model, [["train", "--resume", str(run)]]*2, **env)
     wait_for(run, 4)
     os.kill(pair[1], signal.SIGTERM)
     assert [ended(p) for p in pair] == [130, 130]
