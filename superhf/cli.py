@@ -12,7 +12,8 @@ __all__ = ['default_of', 'add_options', 'Command', 'make_parser', 'say', 'parse'
 import argparse, logging, re, sys, typing, warnings
 from dataclasses import asdict, dataclass, fields, MISSING
 from pathlib import Path
-from .core import Interrupted, UserError, config_from, opt, tell, type_name, unknown_option
+from .core import Interrupted, UserError, config_from, opt, options_of, tell, type_name, unknown_option
+from .generation import SamplingOptions, load_sampler
 
 # %% ../nbs/12_cli.ipynb #3f4b69c2
 def default_of(field):
@@ -23,7 +24,7 @@ def default_of(field):
 def add_options(parser, cls):
     "One option per field of a config class."
     hints = typing.get_type_hints(cls)
-    for f in fields(cls):
+    for f in options_of(cls):
         choices = f.metadata.get("choices")
         kind = typing.Literal[tuple(choices)] if choices else hints[f.name]
         several = dict(type=typing.get_args(kind)[0], nargs="+") if typing.get_origin(kind) is list else dict(type=kind)
@@ -115,7 +116,7 @@ def ppo_command(config, preset=None, resume=None):
 
 # %% ../nbs/12_cli.ipynb #4c60d129
 @dataclass
-class SampleConfig:
+class SampleConfig(SamplingOptions):
     "Options of `superhf sample`."
     model: str = opt("demo", "policy: hub id, folder, or demo")
     prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, or demo")
@@ -123,18 +124,6 @@ class SampleConfig:
     best_of: int = opt(1, "every completion is the best of this many, as the reward model sees it: best-of-n, the baseline without training", low=1)
     reward_model: str = opt("demo", "reward model for best_of: hub id, folder, demo, or module:function")
     output: str = opt("", "JSON-lines file to write")
-    prompt_format: str = opt("auto", "auto, paper (section 5.1), chat (the tokenizer's template), or a text with {prompt}")
-    seed: int = opt(0, "decides every completion", low=0)
-    max_new_tokens: int = opt(64, "longest completion, in tokens (Table 2)", low=1)
-    temperature: float = opt(1.0, "sampling temperature; 0 is greedy (Table 2)", low=0)
-    top_p: float = opt(0.9, "nucleus probability (Table 2)", above=0, high=1)
-    sampling_top_k: int = opt(0, "sample among this many likeliest tokens; 0 is off", low=0)
-    repetition_penalty: float = opt(1.05, "repetition penalty; 1 is off (Table 2)", above=0)
-    generation_batch_size: int = opt(32, "completions sampled at once (Table 2)", low=1)
-    dtype: str = opt("float32", "number format of the weights", choices=["float32", "bfloat16", "float16"])
-    sampling_dtype: str = opt("auto", "number format to sample in: auto takes bfloat16 where it is native", choices=["auto", "policy", "float32", "bfloat16", "float16"])
-    device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
-    trust_remote_code: bool = opt(False, "run code that a hub model brings along")
 
 # %% ../nbs/12_cli.ipynb #3bcc053e
 def sample_rows_of(prompts:list[dict], completions, n:int) -> list[dict]:
@@ -154,14 +143,10 @@ def best_ones(prompts:list[str], completions, config:SampleConfig) -> list:
 def sample_command(config:SampleConfig, **_):
     "`superhf sample`: n completions of every prompt, written beside and then renamed."
     from superhf.data import load_prompts
-    from superhf.models import load_policy
-    from superhf.prompts import get_format
     from superhf.scoring import write_rows
-    from superhf.training import make_sampler
     if not config.output: raise UserError("sample needs --output, a JSON-lines file to write")
     prompts = load_prompts(config.prompts)
-    policy, tokenizer = load_policy(config.model, config.dtype, config.device, config.trust_remote_code)
-    sampler = make_sampler(config, policy, tokenizer, get_format(config.prompt_format, tokenizer))
+    sampler = load_sampler(config.model, config)
     each = [p["prompt"] for p in prompts for _ in range(config.n*config.best_of)]
     completions = sampler(each, config.seed, step=0)
     if config.best_of > 1: completions = best_ones(each, completions, config)

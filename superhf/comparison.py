@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['means_table', 'wins_by_prompt', 'win_rates', 'CompareConfig', 'spread', 'label', 'run_of', 'formats_of', 'tokens_of',
-           'answers_of', 'first_n', 'names_of', 'compare_policies', 'with_bounds', 'comparison_lines',
-           'compare_command', 'write_comparison']
+           'answers_of', 'first_n', 'names_of', 'scorers_of', 'all_answers', 'compare_policies', 'with_bounds',
+           'comparison_lines', 'writable', 'compare_command', 'write_comparison']
 
 # %% ../nbs/11e_comparison.ipynb #431df014
 import json, math, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import UserError, opt
+from .core import UserError, opt, tell
 from .evaluation import best_of_n, bootstrap_interval, held_out, prompt_means
+from .generation import SamplingOptions, load_sampler
 from .paper_tables import FRIDGE_PROMPT, fridge_table
 from .runs import RunFolder, read_lines
 from .statistics import holm, signed_ranks
@@ -61,7 +62,7 @@ def win_rates(answers:dict, rewards:list[str]) -> pd.DataFrame:
 
 # %% ../nbs/11e_comparison.ipynb #1c1681ae
 @dataclass
-class CompareConfig:
+class CompareConfig(SamplingOptions):
     "Options of `superhf compare`."
     model: list[str] = opt(["demo"], "policies: hub ids, folders, or demo; the first is the base")
     reward_model: str = opt("demo", "reward model: hub id, folder, demo, or module:function")
@@ -73,17 +74,7 @@ class CompareConfig:
     output: str = opt("", "JSON file with every answer, score and table")
     prompt_format: str = opt("auto", "auto (that of the run that made a policy), paper (section 5.1), chat (the tokenizer's template), or a text with {prompt}; the same for all unless auto")
     seed: int = opt(0, "decides the prompts and every completion", low=0)
-    max_new_tokens: int = opt(64, "longest completion, in tokens (Table 2)", low=1)
-    temperature: float = opt(1.0, "sampling temperature; 0 is greedy (Table 2)", low=0)
-    top_p: float = opt(0.9, "nucleus probability (Table 2)", above=0, high=1)
-    sampling_top_k: int = opt(0, "sample among this many likeliest tokens; 0 is off", low=0)
-    repetition_penalty: float = opt(1.05, "repetition penalty; 1 is off (Table 2)", above=0)
-    generation_batch_size: int = opt(32, "completions sampled at once (Table 2)", low=1)
     scoring_batch_size: int = opt(32, "completions scored at once (Table 2)", low=1)
-    dtype: str = opt("float32", "number format of the weights", choices=["float32", "bfloat16", "float16"])
-    sampling_dtype: str = opt("auto", "number format to sample in: auto takes bfloat16 where it is native", choices=["auto", "policy", "float32", "bfloat16", "float16"])
-    device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
-    trust_remote_code: bool = opt(False, "run code that a hub model brings along")
 
 # %% ../nbs/11e_comparison.ipynb #c7e238c8
 def spread(prompts:list[dict], limit:int, seed:int) -> list[dict]:
@@ -125,11 +116,7 @@ def tokens_of(models:list[str]) -> dict:
 # %% ../nbs/11e_comparison.ipynb #6be70989
 def answers_of(c:CompareConfig, name:str, format:str, prompts:list[dict], rewards:dict, n:int) -> tuple[list[dict], float]:
     "Scored answers of one policy, and the seconds that sampling alone took."
-    from superhf.models import load_policy
-    from superhf.prompts import get_format
-    from superhf.training import make_sampler
-    policy, tokenizer = load_policy(name, c.dtype, c.device, c.trust_remote_code)
-    sampler, seconds = make_sampler(c, policy, tokenizer, get_format(format, tokenizer)), []
+    sampler, seconds = load_sampler(name, c, format), []
     def timed(*args, **kwargs):
         start = time.perf_counter()
         try: return sampler(*args, **kwargs)
@@ -151,24 +138,39 @@ def names_of(models:list[str]) -> dict:
     short = {m: label(m) if Path(m).is_dir() else m for m in models}
     return {m: s if list(short.values()).count(s) == 1 else m for m, s in short.items()}
 
-# %% ../nbs/11e_comparison.ipynb #96c1bbb2
-def compare_policies(c:CompareConfig) -> dict:
-    "Answers of all policies with their scores, mean rewards, win rates, and the fridge question's answers."
-    from superhf.data import load_prompts
+# %% ../nbs/11e_comparison.ipynb #94aba0f9
+def scorers_of(c:CompareConfig) -> dict:
+    "The reward models by their part: `reward`, and `validation` where there is one."
     from superhf.models import pick_device
     from superhf.scoring import Scorer
-    if c.best_of and c.best_of < 2: raise UserError(f"best_of needs at least 2 completions to choose from, got {c.best_of}; 0 leaves best-of-n out")
-    prompts = spread(load_prompts(c.prompts), c.limit, c.seed)
-    named = dict(reward=c.reward_model) | (dict(validation=c.validation_reward_model) if c.validation_reward_model else {})
-    rewards = {k: Scorer(name, batch_size=c.scoring_batch_size, device=pick_device(c.device)) for k, name in named.items()}
-    answers, seconds, models = {}, {}, names_of(list(dict.fromkeys(c.model)))
-    formats = formats_of(list(models), c.prompt_format)
+    names = dict(reward=c.reward_model, validation=c.validation_reward_model)
+    return {part: Scorer(name, batch_size=c.scoring_batch_size, device=pick_device(c.device)) for part, name in names.items() if name}
+
+# %% ../nbs/11e_comparison.ipynb #28507073
+def all_answers(c:CompareConfig,
+                models:dict,       # model -> name in tables; the first is the base
+                formats:dict,      # model -> prompt format
+                prompts:list[dict], rewards:dict) -> tuple[dict, dict]:
+    "Scored answers of every policy and of best-of-n of the base, and the seconds of sampling, by name."
+    answers, seconds = {}, {}
     for i, (model, name) in enumerate(models.items()):
         n = max(c.n, c.best_of) if i == 0 else c.n
         records, seconds[name] = answers_of(c, model, formats[model], prompts, rewards, n)
         answers[name] = first_n(records, c.n)
         if i == 0 and c.best_of: answers[f"best of {c.best_of}"] = best_of_n(records, c.best_of)
-    return dict(settings={k: v if isinstance(v, (int, float, str, list)) else str(v) for k, v in vars(c).items()}, reward_models=named, prompt_formats={models[m]: f for m, f in formats.items()}, training_tokens={models[m]: t for m, t in tokens_of(list(models)).items()}, answers=answers, sampling_seconds=seconds, means=means_table(answers, list(named)), wins=win_rates(answers, list(named)))
+    return answers, seconds
+
+# %% ../nbs/11e_comparison.ipynb #96c1bbb2
+def compare_policies(c:CompareConfig) -> dict:
+    "Answers of all policies with their scores, mean rewards, win rates, and the fridge question's scores."
+    from superhf.data import load_prompts
+    if c.best_of and c.best_of < 2: raise UserError(f"best_of needs at least 2 completions to choose from, got {c.best_of}; 0 leaves best-of-n out")
+    prompts, rewards, models = spread(load_prompts(c.prompts), c.limit, c.seed), scorers_of(c), names_of(list(dict.fromkeys(c.model)))
+    formats, tokens = formats_of(list(models), c.prompt_format), tokens_of(list(models))
+    answers, seconds = all_answers(c, models, formats, prompts, rewards)
+    return dict(settings={k: v if isinstance(v, (int, float, str, list)) else str(v) for k, v in vars(c).items()}, reward_models={part: r.name for part, r in rewards.items()},
+                prompt_formats={models[m]: f for m, f in formats.items()}, training_tokens={models[m]: t for m, t in tokens.items()}, answers=answers, sampling_seconds=seconds,
+                means=means_table(answers, list(rewards)), wins=win_rates(answers, list(rewards)), fridge={part: fridge_table(r) for part, r in rewards.items()})
 
 # %% ../nbs/11e_comparison.ipynb #c069e865
 def with_bounds(mean:float, low:float, high:float) -> str:
@@ -177,7 +179,7 @@ def with_bounds(mean:float, low:float, high:float) -> str:
 
 # %% ../nbs/11e_comparison.ipynb #2c68d89a
 def comparison_lines(found:dict) -> str:
-    "Mean rewards by source and policy, win rates, as text."
+    "Mean rewards by source and policy, win rates and the fridge question, as text."
     blocks = []
     for reward, model in found["reward_models"].items():
         t = found["means"].query("reward == @reward")
@@ -185,25 +187,31 @@ def comparison_lines(found:dict) -> str:
         shown = t.pivot(index="policy", columns="source", values="cell").loc[list(dict.fromkeys(t.policy)), list(dict.fromkeys(t.source))]
         w = found["wins"].query("reward == @reward")
         lines = [f"  {r.policy} over {r.against}: {100*r.wins:.0f} % [{100*r.low:.0f}, {100*r.high:.0f}], p = {r.p_holm:.2g}" for r in w.itertuples()]
+        seven = found["fridge"][reward]
         blocks.append(f"Mean reward, {reward} model {model} (95 % over {t.prompts.iloc[0]} prompts):\n{shown.to_string()}\n" + ("Win rates (p by Wilcoxon, corrected by Holm):\n" + "\n".join(lines) + "\n" if lines else ""))
+        blocks.append(f"Section 5.1's seven answers, sigmoid of the scores of {model}: rank correlation with the paper's {seven.attrs['spearman']:.2f}\n" + seven[["by", "paper", "ours"]].to_string(index=False, float_format=lambda x: f"{x:.3f}") + "\n")
     spent = ", ".join(f"{name} {tokens:,}" for name, tokens in found["training_tokens"].items())
     return "\n".join(blocks + [f"Tokens sampled in training: {spent}\n"]*bool(spent))
+
+# %% ../nbs/11e_comparison.ipynb #12caf1ad
+def writable(path:str):
+    "Refuse a file that cannot be written, before the work that it is for."
+    new = not Path(path).exists()
+    try:
+        with open(path, "a"): pass
+        if new: Path(path).unlink()
+    except OSError as e: raise UserError(f"cannot write {path!r}: {e.strerror}") from e
 
 # %% ../nbs/11e_comparison.ipynb #600f9fd4
 def compare_command(config:CompareConfig, **_):
     "`superhf compare`: mean rewards and win rates; the fridge question of section 5.1 beside the paper's scores."
-    from superhf.core import tell
-    from superhf.models import pick_device
-    from superhf.scoring import Scorer
+    if config.output: writable(config.output)
     found = compare_policies(config)
     tell(comparison_lines(found))
-    fridges = {name: fridge_table(Scorer(name, device=pick_device(config.device))) for name in found["reward_models"].values()}
-    for name, t in fridges.items(): tell(f"Section 5.1's seven answers, sigmoid of the scores of {name}: rank correlation with the paper's {t.attrs['spearman']:.2f}\n" + t[["by", "paper", "ours"]].to_string(index=False, float_format=lambda x: f"{x:.3f}") + "\n")
-    if config.output: write_comparison(config.output, found, fridges)
+    if config.output: write_comparison(config.output, found)
 
 # %% ../nbs/11e_comparison.ipynb #b6fb8e09
-def write_comparison(path:str, found:dict, fridges:dict):
+def write_comparison(path:str, found:dict):
     "Everything as JSON."
-    plain = {k: v.to_dict("records") if isinstance(v, pd.DataFrame) else v for k, v in found.items()} | dict(fridge={k: t.to_dict("records") for k, t in fridges.items()})
-    try: Path(path).write_text(json.dumps(plain, indent=1))
-    except OSError as e: raise UserError(f"cannot write {path!r}: {e.strerror}") from e
+    plain = lambda v: v.to_dict("records") if isinstance(v, pd.DataFrame) else {k: plain(x) for k, x in v.items()} if isinstance(v, dict) else v
+    Path(path).write_text(json.dumps(plain(found), indent=1))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'Interrupted', 'tell', 'opt', 'has_type', 'type_name', 'limit_broken', 'check_config', 'unknown_option',
-           'config_from', 'config_rows']
+           'config_from', 'options_of', 'config_rows']
 
 # %% ../nbs/00_core.ipynb #0d9acd81
 import difflib, typing, sys
@@ -92,11 +92,16 @@ def config_from(cls, values:dict):
         if name not in known: raise UserError(unknown_option(name, known))
     return check_config(cls(**values))
 
+# %% ../nbs/00_core.ipynb #0f58ac50
+def options_of(cls) -> list:
+    "The fields of a config class, its own before those that it inherits."
+    return sorted(fields(cls), key=lambda f: f.name not in cls.__dict__.get("__annotations__", {}))
+
 # %% ../nbs/00_core.ipynb #394e8b76
 def config_rows(cls) -> list[dict]:
     "One row per option of a config class: name, default, meaning."
     rows = []
-    for f in fields(cls):
+    for f in options_of(cls):
         default = f.default if f.default is not MISSING else f.default_factory()
         rows.append(dict(option="--" + f.name.replace("_", "-"), default=default, meaning=f.metadata["help"]))
     return rows

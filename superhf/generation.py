@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['Completion', 'StopRule', 'prefill', 'Batch', 'read_prompts', 'forward', 'propose_next', 'take', 'Graphs', 'advance',
-           'decode_rows', 'is_out_of_memory', 'BatchSize', 'check_room', 'Sampler']
+           'decode_rows', 'is_out_of_memory', 'BatchSize', 'check_room', 'Sampler', 'SamplingOptions',
+           'sampling_config', 'load_sampler']
 
 # %% ../nbs/04_generation.ipynb #c0741247
 from dataclasses import dataclass
 import numpy as np, torch
 from transformers.cache_utils import Cache
-from .core import UserError
+from .core import UserError, opt
 from .drawing import SamplingConfig, penalize, propose, settle, token_probs, uniforms
-from .inference import RowLayer, SamplingCopy, decoding, fill_holes, sampling_dtype
+from .inference import RowLayer, SamplingCopy, decoding, fill_holes, for_sampling, sampling_dtype
 
 # %% ../nbs/04_generation.ipynb #f9a81044
 @dataclass
@@ -301,3 +302,39 @@ class Sampler:
                 ids = [encoded[prompts[r]] for r in rows]
                 return decode_rows(self.room_for(model, ids), ids, np.stack([uniforms(seed, step, indices[r], n) for r in rows]), self.rule, logprobs)
             return self.batches.run(work, list(range(len(prompts))))
+
+# %% ../nbs/04_generation.ipynb #390ba55b
+@dataclass
+class SamplingOptions:
+    "How a policy that is not in training is sampled."
+    prompt_format: str = opt("auto", "auto, paper (section 5.1), chat (the tokenizer's template), or a text with {prompt}")
+    seed: int = opt(0, "decides every completion", low=0)
+    max_new_tokens: int = opt(64, "longest completion, in tokens (Table 2)", low=1)
+    temperature: float = opt(1.0, "sampling temperature; 0 is greedy (Table 2)", low=0)
+    top_p: float = opt(0.9, "nucleus probability (Table 2)", above=0, high=1)
+    sampling_top_k: int = opt(0, "sample among this many likeliest tokens; 0 is off", low=0)
+    repetition_penalty: float = opt(1.05, "repetition penalty; 1 is off (Table 2)", above=0)
+    generation_batch_size: int = opt(32, "completions sampled at once (Table 2)", low=1)
+    dtype: str = opt("float32", "number format of the weights", choices=["float32", "bfloat16", "float16"])
+    sampling_dtype: str = opt("auto", "number format to sample in: auto takes bfloat16 where it is native", choices=["auto", "policy", "float32", "bfloat16", "float16"])
+    device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
+    trust_remote_code: bool = opt(False, "run code that a hub model brings along")
+
+# %% ../nbs/04_generation.ipynb #01ed5b50
+def sampling_config(options) -> SamplingConfig:
+    "The part of a config that says how a token is drawn."
+    o = options
+    return SamplingConfig(o.max_new_tokens, 0, o.temperature, o.top_p, o.sampling_top_k, o.repetition_penalty)
+
+# %% ../nbs/04_generation.ipynb #e319a768
+def load_sampler(model:str,               # policy: hub id, folder, or demo
+                 options:SamplingOptions,
+                 prompt_format:str=""     # instead of that of the options
+                ) -> Sampler:
+    "Load a policy to sample from it and for nothing else: it is brought into the sampling format itself, without a copy."
+    from superhf.models import load_policy
+    from superhf.prompts import get_format
+    policy, tokenizer = load_policy(model, options.dtype, options.device, options.trust_remote_code)
+    format = get_format(prompt_format or options.prompt_format, tokenizer)
+    ready, _ = for_sampling(policy, sampling_dtype(options.sampling_dtype, policy))
+    return Sampler(ready, tokenizer, format, sampling_config(options), options.generation_batch_size, dtype="policy")

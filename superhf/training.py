@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from .core import UserError, opt, check_config
 from .gaming import superbatch_signs
-from .generation import BatchSize, Completion, Sampler, SamplingConfig
+from .generation import BatchSize, Completion, Sampler, SamplingConfig, sampling_config
 from .inference import multiplies_in_bfloat16, sampling_dtype
 from .models import add_lora, trainable
 from .objectives import Reference, accumulate, checkpointing, make_optimizer, mean_kl, optimizer_step, target_ids
@@ -245,8 +245,7 @@ def not_finite(numbers:dict) -> str:
 # %% ../nbs/08_training.ipynb #e0472b91
 def make_sampler(config:SuperHFConfig, policy, tokenizer, format, apart:bool=False) -> Sampler:
     "The sampler that a config asks for."
-    sampling = SamplingConfig(config.max_new_tokens, 0, config.temperature, config.top_p, config.sampling_top_k, config.repetition_penalty)
-    return Sampler(policy, tokenizer, format, sampling, config.generation_batch_size, config.sampling_dtype, apart)
+    return Sampler(policy, tokenizer, format, sampling_config(config), config.generation_batch_size, config.sampling_dtype, apart)
 
 # %% ../nbs/08_training.ipynb #39eb190d
 class Clock:
