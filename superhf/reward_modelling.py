@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REWARD_PRESETS', 'RewardTrainingConfig', 'settle', 'Group', 'Examples', 'batches', 'pair_loss', 'ranking_loss',
-           'batch_loss', 'rewards_of', 'add_adapters', 'new_student', 'some_of_each', 'Validation', 'rate',
+           'batch_loss', 'rewards_of', 'add_adapters', 'new_student', 'some_of_each', 'Validation', 'rate', 'Student',
            'RewardTrainer', 'read_training_data', 'train_reward', 'reward_preset']
 
 # %% ../nbs/10_reward_modelling.ipynb #614ecdfe
@@ -18,13 +18,13 @@ from tqdm.auto import tqdm
 from .core import UserError, check_config, opt
 from .inference import multiplies_in_bfloat16
 from .models import pick_device, trainable
-from .reward_models import RewardSettings, encode_pairs, new_reward_model, pad_rows, padded_length, pair_frame, save_reward_model, template_frame
-from .reward_judging import prompt_share, read_pairs, read_scores, spearman, spearman_within
+from .reward_models import RewardSettings, check_length, encode_pairs, frame_of, new_reward_model, pad_rows, padded_length, save_reward_model
+from .reward_judging import pair_accuracy, prompt_share, read_pairs, read_scores, spearman, spearman_within
 
 # %% ../nbs/10_reward_modelling.ipynb #fbb5e1e3
 @dataclass
 class RewardTrainingConfig:
-    "How a reward model is trained; the defaults made the two demo models."
+    "How a reward model is trained; the defaults are those of the two demo models, where their presets say nothing else."
     output_dir: str = opt("runs/reward", "folder for the reward model, its checkpoints and its report")
     scores: str|None = opt(None, "parquet or JSON-lines file with prompt, completion and a score; regression and ranking")
     score_column: str = opt("score", "column of the score")
@@ -62,9 +62,14 @@ class RewardTrainingConfig:
 
 # %% ../nbs/10_reward_modelling.ipynb #57b16be7
 def settle(config:RewardTrainingConfig) -> RewardTrainingConfig:
-    "The config with device and number format decided for this machine; checked."
-    device = pick_device(check_config(config).device)
-    return replace(config, device=str(device), dtype="bfloat16" if multiplies_in_bfloat16(dict(bfloat16="bf16").get(config.dtype, config.dtype), device) else "float32")
+    "The config with device and number format decided for this machine; checked as a whole."
+    c, device = check_config(config), pick_device(config.device)
+    if c.group_rows > c.batch_rows: raise UserError(f"group_rows must be at most batch_rows, got {c.group_rows} and {c.batch_rows}")
+    for low, high in (("train_low", "train_high"), ("valid_low", "valid_high")):
+        if getattr(c, low) > getattr(c, high): raise UserError(f"{low} must be at most {high}, got {getattr(c, low)} and {getattr(c, high)}")
+    if max(c.train_low, c.valid_low) < min(c.train_high, c.valid_high):
+        raise UserError(f"prompts of validation must not be trained on, got the ranges [{c.valid_low}, {c.valid_high}) and [{c.train_low}, {c.train_high})")
+    return replace(c, device=str(device), dtype="bfloat16" if multiplies_in_bfloat16(dict(bfloat16="bf16").get(c.dtype, c.dtype), device) else "float32")
 
 # %% ../nbs/10_reward_modelling.ipynb #663724c3
 @dataclass
@@ -101,7 +106,7 @@ def batches(examples:Examples, config, seed:int):
     rng, batch, rows = np.random.default_rng(seed), [], 0
     while True:
         for group in examples.epoch(rng, config.group_rows, config.prompt_rows):
-            if rows + len(group.rows) > config.batch_rows: yield batch; batch, rows = [], 0
+            if batch and rows + len(group.rows) > config.batch_rows: yield batch; batch, rows = [], 0
             batch.append(group); rows += len(group.rows)
 
 # %% ../nbs/10_reward_modelling.ipynb #33a88117
@@ -142,7 +147,7 @@ def rewards_of(model, tokenizer, rows:list, dtype:str) -> torch.Tensor:
     chunk = 8 if device.type == "cpu" else 64
     for at in range(0, len(order), chunk):
         part = [rows[i] for i in order[at:at+chunk]]
-        full = part + part[-1:] * (chunk - len(part))
+        full = part + part[-1:] * (chunk - len(part)) if device.type == "cpu" else part
         x = pad_rows(full, padded_length(len(part[-1][0])), tokenizer.pad_token_id or 0, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"): out.append(model(**x)[:len(part)])
     back = torch.tensor(order).argsort()
@@ -171,7 +176,8 @@ def new_student(config:RewardTrainingConfig, scores) -> tuple:
     if config.dtype == "bfloat16":
         for p in model.backbone.parameters():
             if not p.requires_grad: p.data = p.data.bfloat16()
-    frame = template_frame(tokenizer, config.template) if config.template else pair_frame(tokenizer)
+    frame = frame_of(tokenizer, config.template)
+    check_length(model.backbone.config, frame, config.max_length)
     return model.to(config.device), tokenizer, lambda a, b: encode_pairs(tokenizer, frame, a, b, config.max_length)
 
 # %% ../nbs/10_reward_modelling.ipynb #159eb29b
@@ -200,9 +206,9 @@ class Validation:
         model.eval()
         n = len(self.rows)
         r = rewards_of(model, tokenizer, self.rows + self.chosen + self.rejected, dtype).numpy()
-        wins = r[n:n+len(self.chosen)] > r[n+len(self.chosen):]
         model.train()
-        result = dict(pair_accuracy=float(wins.mean())) if len(wins) else {}
+        pairs = pair_accuracy(r[n:n+len(self.chosen)], r[n+len(self.chosen):])
+        result = dict(pair_accuracy=pairs["accuracy"]) if pairs["n"] else {}
         if not n: return result
         s = self.scored.score.to_numpy(float)
         return result | dict(spearman=spearman(r[:n], s), spearman_within=spearman_within(r[:n], s, self.scored.prompt), mse=float(((r[:n] - s)**2).mean()))
@@ -213,77 +219,96 @@ def rate(step:int, config) -> float:
     return min(1.0, (step + 1) / max(1, config.warmup_steps), (config.steps - step) / min(config.decay_steps, config.steps))
 
 # %% ../nbs/10_reward_modelling.ipynb #e7a5da43
-class RewardTrainer:
-    "The training loop of a reward model; a checkpoint holds all that it needs to go on."
-    def __init__(self, config, model, tokenizer, examples, validation):
-        self.config, self.model, self.tokenizer, self.examples, self.validation = config, model, tokenizer, examples, validation
+class Student:
+    "A reward model in training, and the checkpoint that holds all that it needs to go on."
+    may_change = ("steps", "decay_steps", "output_dir", "resume", "device", "patience", "evaluate_every", "checkpoint_every")
+
+    def __init__(self, config, model, tokenizer):
+        self.config, self.model, self.tokenizer, self.folder = config, model, tokenizer, Path(config.output_dir)
         head = list(model.head.parameters())
         body = [p for p in model.backbone.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW([dict(params=body, peak=config.learning_rate), dict(params=head, peak=config.head_learning_rate)],
                                            betas=(0.9, 0.98), weight_decay=0.0)
-        self.step, self.history, self.best, self.stale = 0, [], None, 0
-        self.folder = Path(config.output_dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.step, self.history, self.best, self.stale, self.losses, self.seconds = 0, [], None, 0, [], 0.0
 
     def weights(self) -> dict:
         "The trained weights by name."
         return {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-
-    def save(self):
-        "Write a checkpoint beside the old one and rename it."
-        state = dict(step=self.step, weights=self.weights(), optimizer=self.optimizer.state_dict(), history=self.history, best=self.best, stale=self.stale)
-        torch.save(state, self.folder/"checkpoint.tmp")
-        (self.folder/"checkpoint.tmp").rename(self.folder/"checkpoint.pt")
-
-    def load(self):
-        "Go back to the last checkpoint, where there is one."
-        if not (self.folder/"checkpoint.pt").exists(): return
-        state = torch.load(self.folder/"checkpoint.pt", weights_only=True)
-        self.put(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.history, self.best, self.stale = state["step"], state["history"], state["best"], state["stale"]
 
     def put(self, weights:dict):
         "Set the trained weights."
         mine = dict(self.model.named_parameters())
         for name, value in weights.items(): mine[name].data.copy_(value)
 
-    def train_step(self, batch:list) -> float:
-        "One optimizer step on a batch of groups; the loss before it."
+    def start(self):
+        "An empty folder to train in: what an earlier training left there is forgotten."
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoint.pt", "metrics.jsonl", "training.json"): (self.folder/name).unlink(missing_ok=True)
+
+    def save(self):
+        "Write a checkpoint beside the old one and rename it."
+        kept = {k: getattr(self, k) for k in ("step", "history", "best", "stale", "losses", "seconds")}
+        torch.save(kept | dict(config=asdict(self.config), weights=self.weights(), optimizer=self.optimizer.state_dict()), self.folder/"checkpoint.tmp")
+        (self.folder/"checkpoint.tmp").rename(self.folder/"checkpoint.pt")
+
+    def load(self):
+        "Go back to the last checkpoint; where there is none, start."
+        if not (self.folder/"checkpoint.pt").exists(): return self.start()
+        state = torch.load(self.folder/"checkpoint.pt", weights_only=True, map_location=self.config.device)
+        changed = [k for k, v in asdict(self.config).items() if k not in self.may_change and state["config"].get(k) != v]
+        if changed: raise UserError(f"cannot resume {str(self.folder)!r} with another {', '.join(changed)}; the run has " + ", ".join(f"{k} {state['config'].get(k)!r}" for k in changed))
+        self.put(state.pop("weights"))
+        self.optimizer.load_state_dict(state.pop("optimizer"))
+        del state["config"]
+        vars(self).update(state)
+
+# %% ../nbs/10_reward_modelling.ipynb #aac5a921
+class RewardTrainer(Student):
+    "The training loop of a reward model."
+    def __init__(self, config, model, tokenizer, examples, validation):
+        super().__init__(config, model, tokenizer)
+        self.examples, self.validation = examples, validation
+
+    def train_step(self, batch:list):
+        "One optimizer step on a batch of groups."
         for group in self.optimizer.param_groups: group["lr"] = group["peak"] * rate(self.step, self.config)
         r = rewards_of(self.model, self.tokenizer, [row for g in batch for row in g.rows], self.config.dtype)
         loss = batch_loss(r, batch, self.model.settings, self.config)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable(self.model), self.config.clip)
         self.optimizer.step(); self.optimizer.zero_grad()
-        self.step += 1
-        return loss.item()
+        self.step, self.losses = self.step + 1, [*self.losses, loss.item()][-100:]
 
-    def validate(self, loss:float, seconds:float):
+    def validate(self):
         "Measure, record, and keep the best weights."
-        record = dict(step=self.step, loss=loss, seconds=round(seconds, 1)) | self.validation(self.model, self.tokenizer, self.config.dtype)
+        record = dict(step=self.step, loss=float(np.mean(self.losses)), seconds=round(self.seconds, 1)) | self.validation(self.model, self.tokenizer, self.config.dtype)
+        record = {k: None if v != v else v for k, v in record.items()}                  # JSON knows no NaN
         self.history.append(record)
         (self.folder/"metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in self.history))
-        figures = [np.nan_to_num(record[k], nan=-1.0) for k in ("spearman", "spearman_within", "pair_accuracy") if k in record]
+        figures = [-1.0 if record[k] is None else record[k] for k in ("spearman", "spearman_within", "pair_accuracy") if k in record]
         value = float(np.mean(figures)) if figures else float(self.step)
         if self.best is None or value > self.best["value"]: self.best, self.stale = dict(value=value, step=self.step, weights=self.weights()), 0
         else: self.stale += 1
 
-    def train(self):
-        "All steps; ends with the last weights, or with the best ones where `patience` may end it early."
-        config, losses, started = self.config, [], time.time()
-        source = batches(self.examples, config, config.seed)
+    def after_step(self, bar):
+        "What is due after a step: validation, a checkpoint, the figures in the progress bar."
+        c = self.config
+        if c.evaluate_every and self.step % c.evaluate_every == 0 or self.step == c.steps: self.validate()
+        if c.checkpoint_every and self.step % c.checkpoint_every == 0: self.save()
+        if self.history: bar.set_postfix({k: f"{v:.3f}" for k, v in self.history[-1].items() if k in ("spearman", "spearman_within", "pair_accuracy") and v is not None})
+
+    def train(self) -> dict:
+        "All steps; ends with the last weights, or with the best ones where `patience` may end it early. Gives the record of those that are kept."
+        config, source, before = self.config, batches(self.examples, self.config, self.config.seed), time.time() - self.seconds
         for _ in range(self.step): next(source)
         self.model.train()
         for _ in (bar := tqdm(range(self.step, config.steps), initial=self.step, total=config.steps, desc="reward model", mininterval=5)):
-            losses.append(self.train_step(next(source)))
-            due = config.evaluate_every and self.step % config.evaluate_every == 0
-            if due or self.step == config.steps: self.validate(float(np.mean(losses[-100:])), time.time() - started)
-            if config.checkpoint_every and self.step % config.checkpoint_every == 0: self.save()
-            if self.history: bar.set_postfix({k: f"{v:.3f}" for k, v in self.history[-1].items() if k in ("spearman", "spearman_within", "pair_accuracy")})
+            self.train_step(next(source))
+            self.seconds = time.time() - before
+            self.after_step(bar)
             if config.patience and self.stale >= config.patience: break
         if config.patience: self.put(self.best["weights"])
-        return self.history
+        return next(r for r in self.history if r["step"] == (self.best["step"] if config.patience else self.step))
 
 # %% ../nbs/10_reward_modelling.ipynb #2b3f9f72
 def read_training_data(config) -> tuple:
@@ -304,19 +329,20 @@ def train_reward(config:RewardTrainingConfig) -> dict:
     "Train a reward model and write it to `output_dir`; the report that is also stored beside it."
     config = settle(config)
     (scored, valid), (pairs, valid_pairs), report = read_training_data(config)
-    if not len(scored) and not pairs: raise UserError("nothing to train on: give scores, pairs, or both")
+    if not len(scored) and not pairs: raise UserError(f"nothing to train on: give scores, pairs, or both, with prompts whose hash is in [{config.train_low}, {config.train_high})")
     model, tokenizer, encode = new_student(config, scored.score)
     examples = Examples(encode, scored, pairs, report)
     trainer = RewardTrainer(config, model, tokenizer, examples, Validation(encode, some_of_each(valid, config.validation_rows), valid_pairs))
-    if config.resume: trainer.load()
-    history = trainer.train()
-    save_reward_model(model, config.output_dir)
-    result = dict(config=asdict(config), data=dict(report), training_rows=len(scored), training_pairs=len(pairs), kept_step=trainer.best["step"] if config.patience else trainer.step, history=history)
+    trainer.load() if config.resume else trainer.start()
+    kept = trainer.train()
+    save_reward_model(model, tokenizer, config.output_dir)
+    result = dict(config=asdict(config), data=dict(report), training_rows=len(scored), training_pairs=len(pairs), kept=kept, history=trainer.history)
     (Path(config.output_dir)/"training.json").write_text(json.dumps(result, indent=1))
     return result
 
 # %% ../nbs/10_reward_modelling.ipynb #5d79ac33
-REWARD_PRESETS = {"demo": dict(score_column="rm_train", train_low=0.0, train_high=0.54, valid_low=0.54, valid_high=1.0),
+REWARD_PRESETS = {"demo": dict(score_column="rm_train", train_low=0.0, train_high=0.54, valid_low=0.54, valid_high=1.0,
+                              steps=2400, decay_steps=2370, pair_weight=2.0, evaluate_every=600, validation_rows=1000),
                   "demo-heldout": dict(score_column="rm_test", train_low=0.54, train_high=1.0, valid_low=0.0, valid_high=0.54)}
 
 # %% ../nbs/10_reward_modelling.ipynb #fa1f7bac

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['KNOWN_INPUT', 'ENCODERS', 'RewardSettings', 'Frame', 'pair_frame', 'template_frame', 'fit', 'encode_pairs',
-           'padded_length', 'length_groups', 'pad_rows', 'pool', 'RewardModel', 'encoder_path', 'quietly',
-           'load_backbone', 'new_reward_model', 'save_reward_model', 'read_settings', 'read_reward_model', 'TextReward',
-           'text_reward', 'load_scalar_head', 'input_kind', 'encode_texts', 'ClassifierScore', 'read_classifier',
-           'load_classifier', 'FunctionReward', 'import_function', 'demo_folder', 'load_reward_model']
+           'padded_length', 'length_groups', 'pad_rows', 'pool', 'width_of', 'RewardModel', 'encoder_path', 'quietly',
+           'without_dropout', 'load_backbone', 'new_reward_model', 'save_adapter', 'save_reward_model', 'read_settings',
+           'read_reward_model', 'room_of', 'check_length', 'TextReward', 'frame_of', 'text_reward', 'load_scalar_head',
+           'input_kind', 'encode_texts', 'ClassifierScore', 'read_classifier', 'load_classifier', 'FunctionReward',
+           'import_function', 'demo_folder', 'load_reward_model']
 
 # %% ../nbs/05_reward_models.ipynb #8789ed97
-import importlib, json, math, sys
+import importlib, json, math, re, shutil, sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 import torch
@@ -55,8 +56,9 @@ def pair_frame(tokenizer) -> Frame:
 # %% ../nbs/05_reward_models.ipynb #30aac95b
 def template_frame(tokenizer, template:str) -> Frame:
     "The tokens that a text template puts around prompt and completion; a text start and end token where the tokenizer has them."
-    before, rest = template.split("{prompt}")
-    between, after = rest.split("{completion}")
+    parts = re.split(r"(\{prompt\}|\{completion\})", template)
+    if parts[1::2] != ["{prompt}", "{completion}"]: raise UserError(f"a template must have {{prompt}} and then {{completion}}, each once, got {template!r}")
+    before, between, after = parts[::2]
     ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
     one = lambda i: [] if i is None else [i]
     return Frame(one(tokenizer.bos_token_id) + ids(before), ids(between), ids(after) + one(tokenizer.eos_token_id), False)
@@ -120,13 +122,19 @@ def pool(hidden:torch.Tensor,  # [rows, tokens, width]
     m = mask[..., None].float()
     return (hidden.float() * m).sum(1) / m.sum(1).clamp(min=1)
 
+# %% ../nbs/05_reward_models.ipynb #b94d0922
+def width_of(backbone) -> int:
+    "The width of the vectors that a backbone gives; not in every architecture its `hidden_size`."
+    one = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
+    with torch.no_grad(): return backbone(input_ids=one, attention_mask=one + 1).last_hidden_state.shape[-1]
+
 # %% ../nbs/05_reward_models.ipynb #507e47b1
 class RewardModel(nn.Module):
     "A transformer of the `transformers` library, pooled, with a head of one output."
     def __init__(self, backbone, settings:RewardSettings):
         super().__init__()
         self.backbone, self.settings = backbone, settings
-        width, hidden = backbone.config.hidden_size, settings.head_hidden
+        width, hidden = width_of(backbone), settings.head_hidden
         self.head = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, 1)) if hidden else nn.Sequential(nn.Linear(width, 1))
         self.typed = getattr(backbone.config, "type_vocab_size", 0) > 1
 
@@ -134,7 +142,7 @@ class RewardModel(nn.Module):
         "Scores `[rows]`, float32."
         more = dict(token_type_ids=token_type_ids) if self.typed else {}
         h = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
-        f = self.head(pool(h, attention_mask, self.settings.pooling)).float()[:, 0]
+        with torch.autocast(h.device.type, enabled=False): f = self.head(pool(h, attention_mask, self.settings.pooling))[:, 0]
         return self.settings.offset + self.settings.scale * f
 
 # %% ../nbs/05_reward_models.ipynb #a376d191
@@ -153,17 +161,23 @@ def quietly(f, *args, **kwargs):
     finally:
         if shown: hf_logging.enable_progress_bar()
 
+# %% ../nbs/05_reward_models.ipynb #b37ab89e
+def without_dropout(config):
+    "The config of a backbone with every dropout rate at 0."
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float): setattr(part, name, 0.0)
+    return config
+
 # %% ../nbs/05_reward_models.ipynb #dd6e3179
 def load_backbone(name:str, dtype=torch.float32):
     "Backbone and tokenizer by name, without dropout; raises `UserError` where it is not found."
     path = encoder_path(name)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = without_dropout(AutoConfig.from_pretrained(path))
         tokenizer = AutoTokenizer.from_pretrained(path)
         backbone = quietly(AutoModel.from_pretrained, path, config=config, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as e: raise UserError(f"no reward-model backbone at {name!r}: {str(e).splitlines()[0]}") from e
-    for part in backbone.modules():
-        if isinstance(part, nn.Dropout): part.p = 0.0
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return backbone, tokenizer
 
@@ -176,17 +190,24 @@ def new_reward_model(settings:RewardSettings, dtype=torch.float32):
     return model, tokenizer
 
 # %% ../nbs/05_reward_models.ipynb #8c62f8b9
-def save_reward_model(model:RewardModel, folder):
-    "Write settings, head and adapter (if the backbone has one); the backbone's own weights only when they were trained in full."
+def save_adapter(backbone, folder:Path, encoder:str):
+    "Write the adapter of a backbone as float16; its config names the `encoder`, wherever that lies on this machine."
+    backbone.save_pretrained(folder)
+    weights, config = folder/"adapter_model.safetensors", folder/"adapter_config.json"
+    save_file({k: v.half() for k, v in load_file(weights).items()}, weights)
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(base_model_name_or_path=encoder), indent=2, sort_keys=True) + "\n")
+    (folder/"README.md").unlink(missing_ok=True)
+
+# %% ../nbs/05_reward_models.ipynb #321d3c8a
+def save_reward_model(model:RewardModel, tokenizer, folder):
+    "Write settings, head and adapter (if the backbone has one); backbone and tokenizer only where its own weights were trained. What an earlier model left in the folder goes."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    for part in ("adapter", "backbone"): shutil.rmtree(folder/part, ignore_errors=True)
     (folder/"reward_config.json").write_text(json.dumps(asdict(model.settings), indent=2) + "\n")
     save_file({k: v.detach().half().contiguous() for k, v in model.head.state_dict().items()}, folder/"head.safetensors")
-    if hasattr(model.backbone, "peft_config"):
-        model.backbone.save_pretrained(folder/"adapter")
-        weights = folder/"adapter"/"adapter_model.safetensors"
-        save_file({k: v.half() for k, v in load_file(weights).items()}, weights)
-        (folder/"adapter"/"README.md").unlink(missing_ok=True)
-    elif any(p.requires_grad for p in model.backbone.parameters()): model.backbone.save_pretrained(folder/"backbone")
+    if hasattr(model.backbone, "peft_config"): save_adapter(model.backbone, folder/"adapter", model.settings.encoder)
+    elif any(p.requires_grad for p in model.backbone.parameters()):
+        for part in (model.backbone, tokenizer): part.save_pretrained(folder/"backbone")
 
 # %% ../nbs/05_reward_models.ipynb #3bf74cd7
 def read_settings(folder) -> RewardSettings:
@@ -201,14 +222,29 @@ def read_reward_model(folder, dtype=torch.float32):
     "The `RewardModel` of a folder with its adapter merged, in eval mode, and its tokenizer."
     folder = Path(folder)
     settings = read_settings(folder)
-    backbone, tokenizer = load_backbone(settings.encoder)
-    if (folder/"backbone").exists(): backbone = quietly(AutoModel.from_pretrained, folder/"backbone", use_safetensors=True)
+    backbone, tokenizer = load_backbone(str(folder/"backbone") if (folder/"backbone").exists() else settings.encoder)
     if (folder/"adapter").exists():
         from peft import PeftModel
         backbone = PeftModel.from_pretrained(backbone, folder/"adapter").merge_and_unload()
     model = RewardModel(backbone.to(dtype), settings)
     model.head.load_state_dict({k: v.float() for k, v in load_file(folder/"head.safetensors").items()})
     return model.eval().requires_grad_(False), tokenizer
+
+# %% ../nbs/05_reward_models.ipynb #eefb1094
+def room_of(config) -> int|None:
+    "Tokens that a backbone can read, in whole multiples of the padding; None where its config names no limit."
+    config = config.get_text_config()
+    n = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not n or not getattr(config, "position_biased_input", True): return None      # DeBERTa knows distances only
+    if "roberta" in config.model_type or config.model_type in ("camembert", "mpnet"): n -= (config.pad_token_id or 0) + 1
+    return max(16, n//16*16)
+
+# %% ../nbs/05_reward_models.ipynb #0261bcef
+def check_length(config, frame:Frame, max_length:int):
+    "Refuse a `max_length` that the backbone cannot read, or that leaves no room for two texts."
+    least, most = len(frame) + 2, room_of(config)
+    if max_length < least or most and max_length > most:
+        raise UserError(f"max_length must be {f'from {least} to {most}' if most else f'at least {least}'} with this backbone and input format, got {max_length}")
 
 # %% ../nbs/05_reward_models.ipynb #e8e1c86e
 class TextReward:
@@ -237,10 +273,19 @@ class TextReward:
         return self.model(**pad_rows(rows, length, self.tokenizer.pad_token_id or 0, self.device)).float().tolist()
 
 # %% ../nbs/05_reward_models.ipynb #c7d324ef
+def frame_of(tokenizer, template:str|None) -> Frame:
+    "What stands around prompt and completion: a template, or the tokenizer's pair encoding, which must then keep the two apart."
+    if template: return template_frame(tokenizer, template)
+    frame = pair_frame(tokenizer)
+    if not frame.middle: raise UserError("this tokenizer puts nothing between two texts; give a template with {prompt} and {completion}, and pooling last for a causal model")
+    return frame
+
+# %% ../nbs/05_reward_models.ipynb #624e8fb9
 def text_reward(model:RewardModel, tokenizer, name:str, batch_size:int=32) -> TextReward:
     "A `TextReward` that reads pairs as the model's settings say."
     s = model.settings
-    frame = template_frame(tokenizer, s.template) if s.template else pair_frame(tokenizer)
+    frame = frame_of(tokenizer, s.template)
+    check_length(model.backbone.config, frame, s.max_length)
     encode = lambda prompts, completions: encode_pairs(tokenizer, frame, prompts, completions, s.max_length)
     return TextReward(model, tokenizer, encode, name, batch_size)
 
@@ -307,7 +352,7 @@ def read_classifier(name:str, dtype:str):
 def load_classifier(name:str, device="cpu", dtype="float32", batch_size:int=32, max_length:int|None=None) -> TextReward:
     "A hub id or a folder of a sequence classifier as a reward model."
     model, tokenizer = read_classifier(name, dtype)
-    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 2048, 2048]
+    limits = [tokenizer.model_max_length, room_of(model.config) or 2048, 2048]
     length = max_length or min(limits)
     kind = input_kind(name, model.config.model_type, bool(tokenizer.chat_template))
     if kind == "pair":
