@@ -27,9 +27,11 @@ def mixed_imports(cells):
     return [s.splitlines()[0] for s in tests if nodes[s] & {ast.Import, ast.ImportFrom} and nodes[s] & {ast.Expr, ast.Assign}]
 
 def check_cells(folder):
-    "Stop where the cell with a notebook's title holds prose too, or a cell imports and does more."
+    "Stop where the cell with a notebook's title holds prose too, a cell imports and does more, or a notebook carries what no reader sees."
     for path in names(folder):
-        cells = json.loads((folder/path).read_text(encoding="utf-8"))["cells"]
+        notebook = json.loads((folder/path).read_text(encoding="utf-8"))
+        cells = notebook["cells"]
+        if "widgets" in notebook["metadata"]: sys.exit(f"{path}: carries the state of progress bars; take `widgets` out of its metadata")
         for line in lost_prose(cells): sys.exit(f"{path}: this stands in the cell with the title and would not be on the page; give it a cell of its own: {line!r}")
         for line in mixed_imports(cells): sys.exit(f"{path}: the cell that begins with {line!r} imports and does more; give the imports a cell of their own")
 

@@ -133,5 +133,9 @@ def test_imports_beside_other_code_are_found():
     assert mixed([cell("#| export\nimport re\nx = 1"), cell("import re"), cell("x = 1"), cell("#| eval: false\nimport re\nx = 1"), cell('w = "import re"')]) == []
     assert mixed([cell("import re\nx = 1"), cell("def f():\n    import re\n    return re.escape('.')"), cell("def f():\n    import re\n    f()")]) == ["import re", "def f():"]
 
+def test_progress_bars_left_behind_are_found(tmp_path):
+    notebook(tmp_path).write_text('{"cells": [], "metadata": {"widgets": {}}, "nbformat": 4, "nbformat_minor": 5}')
+    with pytest.raises(SystemExit, match="state of progress bars"): tool("site").check_cells(tmp_path)
+
 def test_every_notebook_has_its_whole_page():
     tool("site").check_cells(ROOT/"nbs")
