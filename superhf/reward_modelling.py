@@ -56,7 +56,8 @@ class RewardTrainingConfig:
     device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
     evaluate_every: int = opt(300, "steps between validations; 0 = only at the end", low=0)
     validation_rows: int = opt(1500, "scored rows for validation during training", low=2)
-    patience: int = opt(0, "stop after this many validations without a better one, and keep the best weights; 0 = never, and keep the last", low=0)
+    patience: int = opt(0, "stop after this many validations without a better one; 0 = never", low=0)
+    keep: str = opt("last", "weights that are kept: those of the last step, where the rate has fallen to zero, or of the best validation", choices=["last", "best"])
     checkpoint_every: int = opt(250, "steps between checkpoints; 0 = none", low=0)
     resume: bool = opt(False, "go on from the last checkpoint in output_dir")
 
@@ -221,7 +222,7 @@ def rate(step:int, config) -> float:
 # %% ../nbs/10_reward_modelling.ipynb #e7a5da43
 class Student:
     "A reward model in training, and the checkpoint that holds all that it needs to go on."
-    may_change = ("steps", "decay_steps", "output_dir", "resume", "device", "patience", "evaluate_every", "checkpoint_every")
+    may_change = ("steps", "decay_steps", "output_dir", "resume", "device", "patience", "keep", "evaluate_every", "checkpoint_every")
 
     def __init__(self, config, model, tokenizer):
         self.config, self.model, self.tokenizer, self.folder = config, model, tokenizer, Path(config.output_dir)
@@ -298,7 +299,7 @@ class RewardTrainer(Student):
         if self.history: bar.set_postfix({k: f"{v:.3f}" for k, v in self.history[-1].items() if k in ("spearman", "spearman_within", "pair_accuracy") and v is not None})
 
     def train(self) -> dict:
-        "All steps; ends with the last weights, or with the best ones where `patience` may end it early. Gives the record of those that are kept."
+        "All steps; gives the record of the weights that are kept, and leaves them in the model."
         config, source, before = self.config, batches(self.examples, self.config, self.config.seed), time.time() - self.seconds
         for _ in range(self.step): next(source)
         self.model.train()
@@ -307,8 +308,8 @@ class RewardTrainer(Student):
             self.seconds = time.time() - before
             self.after_step(bar)
             if config.patience and self.stale >= config.patience: break
-        if config.patience: self.put(self.best["weights"])
-        return next(r for r in self.history if r["step"] == (self.best["step"] if config.patience else self.step))
+        if config.keep == "best": self.put(self.best["weights"])
+        return next(r for r in self.history if r["step"] == (self.best["step"] if config.keep == "best" else self.history[-1]["step"]))
 
 # %% ../nbs/10_reward_modelling.ipynb #2b3f9f72
 def read_training_data(config) -> tuple:
@@ -341,9 +342,8 @@ def train_reward(config:RewardTrainingConfig) -> dict:
     return result
 
 # %% ../nbs/10_reward_modelling.ipynb #5d79ac33
-REWARD_PRESETS = {"demo": dict(score_column="rm_train", train_low=0.0, train_high=0.54, valid_low=0.54, valid_high=1.0,
-                              steps=2400, decay_steps=2370, pair_weight=2.0, evaluate_every=600, validation_rows=1000),
-                  "demo-heldout": dict(score_column="rm_test", train_low=0.54, train_high=1.0, valid_low=0.0, valid_high=0.54)}
+REWARD_PRESETS = {"demo": dict(score_column="rm_train", train_low=0.08, train_high=0.54, keep="best"),
+                  "demo-heldout": dict(score_column="rm_test", train_low=0.54, train_high=1.0, keep="best")}
 
 # %% ../nbs/10_reward_modelling.ipynb #fa1f7bac
 def reward_preset(name:str,                     # "demo" or "demo-heldout"
