@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['means_table', 'wins_by_prompt', 'win_rates', 'CompareConfig', 'spread', 'label', 'run_of', 'formats_of', 'tokens_of',
-           'answers_of', 'first_n', 'names_of', 'scorers_of', 'all_answers', 'compare_policies', 'with_bounds',
-           'comparison_lines', 'writable', 'compare_command', 'write_comparison']
+           'trained_prompts', 'remarks_of', 'answers_of', 'first_n', 'names_of', 'scorers_of', 'all_answers',
+           'compare_policies', 'with_bounds', 'comparison_lines', 'compare_command', 'write_comparison']
 
 # %% ../nbs/11e_comparison.ipynb #431df014
 import json, math, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import UserError, opt, tell
+from .core import UserError, opt, tell, writable
 from .evaluation import best_of_n, bootstrap_interval, held_out, prompt_means
 from .generation import SamplingOptions, load_sampler
 from .paper_tables import FRIDGE_PROMPT, fridge_table
@@ -27,7 +27,7 @@ def means_table(answers:dict,    # name of the policy -> records of `superhf.eva
     rows = []
     for reward in rewards:
         for name, records in answers.items():
-            means = prompt_means(records, reward)
+            means = prompt_means(records, reward).dropna()
             parts = {"all": means} | {s: means[s] for s in means.index.get_level_values(0).unique()}
             for source, part in parts.items():
                 low, high = bootstrap_interval(part)
@@ -36,18 +36,19 @@ def means_table(answers:dict,    # name of the policy -> records of `superhf.eva
 
 # %% ../nbs/11e_comparison.ipynb #dda0700a
 def wins_by_prompt(first:list[dict], second:list[dict], reward:str) -> np.ndarray:
-    "For every prompt the share of pairs of answers of which the first policy's is better; a tie counts half."
+    "For every prompt the share of pairs of answers of which the first policy's is better; a tie counts half, answers without a score not at all."
     def scores(records):
         found = {}
         for r in records: found.setdefault((r["source"], r["prompt"]), []).append(r[reward])
         return found
     a, b = scores(first), scores(second)
     if a.keys() != b.keys(): raise UserError("win rates need answers of both policies to the same prompts")
-    return np.array([np.mean([(x > y) + 0.5*(x == y) for x in a[p] for y in b[p]]) for p in a])
+    wins = [[(x > y) + 0.5*(x == y) for x in a[p] for y in b[p] if x == x and y == y] for p in a]
+    return np.array([np.mean(w) for w in wins if w])
 
 # %% ../nbs/11e_comparison.ipynb #d6dc46a5
 def win_rates(answers:dict, rewards:list[str]) -> pd.DataFrame:
-    "Win rate of every policy over every later one, with its 95 % interval, difference of means and corrected p-value."
+    "Win rate of every policy over every earlier one, with its 95 % interval, difference of means and corrected p-value."
     rows = []
     for reward in rewards:
         names = list(answers)
@@ -55,7 +56,7 @@ def win_rates(answers:dict, rewards:list[str]) -> pd.DataFrame:
             for b in names[:i]:
                 wins = wins_by_prompt(answers[a], answers[b], reward)
                 low, high = bootstrap_interval(wins)
-                change = prompt_means(answers[a], reward) - prompt_means(answers[b], reward)
+                change = (prompt_means(answers[a], reward) - prompt_means(answers[b], reward)).dropna()
                 rows.append(dict(reward=reward, policy=a, against=b, wins=wins.mean(), low=low, high=high, difference=change.mean(), p=signed_ranks(change)))
     table = pd.DataFrame(rows, columns=["reward", "policy", "against", "wins", "low", "high", "difference", "p"])
     return table.assign(p_holm=holm(table.p))
@@ -71,6 +72,7 @@ class CompareConfig(SamplingOptions):
     limit: int = opt(200, "prompts, spread evenly over the sources; 0 takes all", low=0)
     n: int = opt(1, "completions per prompt", low=1)
     best_of: int = opt(0, "also best-of-n of the base with this many completions, chosen by the reward model; 0 leaves it out", low=0)
+    held_out: bool = opt(True, "leave out prompts that a run of one of the policies has trained on")
     output: str = opt("", "JSON file with every answer, score and table")
     prompt_format: str = opt("auto", "auto (that of the run that made a policy), paper (section 5.1), chat (the tokenizer's template), or a text with {prompt}; the same for all unless auto")
     seed: int = opt(0, "decides the prompts and every completion", low=0)
@@ -112,6 +114,22 @@ def tokens_of(models:list[str]) -> dict:
     "Tokens that the run of each model sampled in training; models that no run made are left out."
     records = {m: read_lines(r.metrics) for m in models if (r := run_of(m))}
     return {m: lines[-1]["tokens/generated"] for m, lines in records.items() if lines}
+
+# %% ../nbs/11e_comparison.ipynb #73dd1006
+def trained_prompts(models:list[str]) -> set[str]:
+    "The prompts that the runs of these models have sampled in training."
+    return {r["prompt"] for m in models if (run := run_of(m)) for r in read_lines(run.samples)}
+
+# %% ../nbs/11e_comparison.ipynb #f3e16823
+def remarks_of(c:CompareConfig, models:list[str]) -> list[str]:
+    "What a reader must know about the reward models: who was trained by another, and who by the one that should only watch."
+    found = []
+    for m in models:
+        if not (run := run_of(m)): continue
+        trained_by = str(run.read_config()["config"].get("reward_model"))
+        if trained_by == str(c.validation_reward_model): found.append(f"{label(m)} was trained with {trained_by}, which should only watch here")
+        elif trained_by != str(c.reward_model): found.append(f"{label(m)} was trained with {trained_by}, not with {c.reward_model}")
+    return found
 
 # %% ../nbs/11e_comparison.ipynb #6be70989
 def answers_of(c:CompareConfig, name:str, format:str, prompts:list[dict], rewards:dict, n:int) -> tuple[list[dict], float]:
@@ -165,10 +183,15 @@ def compare_policies(c:CompareConfig) -> dict:
     "Answers of all policies with their scores, mean rewards, win rates, and the fridge question's scores."
     from superhf.data import load_prompts
     if c.best_of and c.best_of < 2: raise UserError(f"best_of needs at least 2 completions to choose from, got {c.best_of}; 0 leaves best-of-n out")
-    prompts, rewards, models = spread(load_prompts(c.prompts), c.limit, c.seed), scorers_of(c), names_of(list(dict.fromkeys(c.model)))
+    prompts, rewards, models = load_prompts(c.prompts), scorers_of(c), names_of(list(dict.fromkeys(c.model)))
+    seen = trained_prompts(list(models)) if c.held_out else set()
+    unseen = [p for p in prompts if p["prompt"] not in seen]
+    if not unseen: raise UserError(f"the policies were trained on all {len(prompts)} prompts; give others with --prompts, or --held-out false")
+    prompts, left_out = spread(unseen, c.limit, c.seed), len(prompts) - len(unseen)
     formats, tokens = formats_of(list(models), c.prompt_format), tokens_of(list(models))
     answers, seconds = all_answers(c, models, formats, prompts, rewards)
     return dict(settings={k: v if isinstance(v, (int, float, str, list)) else str(v) for k, v in vars(c).items()}, reward_models={part: r.name for part, r in rewards.items()},
+                remarks=remarks_of(c, list(models)), left_out=left_out,
                 prompt_formats={models[m]: f for m, f in formats.items()}, training_tokens={models[m]: t for m, t in tokens.items()}, answers=answers, sampling_seconds=seconds,
                 means=means_table(answers, list(rewards)), wins=win_rates(answers, list(rewards)), fridge={part: fridge_table(r) for part, r in rewards.items()})
 
@@ -191,16 +214,8 @@ def comparison_lines(found:dict) -> str:
         blocks.append(f"Mean reward, {reward} model {model} (95 % over {t.prompts.iloc[0]} prompts):\n{shown.to_string()}\n" + ("Win rates (p by Wilcoxon, corrected by Holm):\n" + "\n".join(lines) + "\n" if lines else ""))
         blocks.append(f"Section 5.1's seven answers, sigmoid of the scores of {model}: rank correlation with the paper's {seven.attrs['spearman']:.2f}\n" + seven[["by", "paper", "ours"]].to_string(index=False, float_format=lambda x: f"{x:.3f}") + "\n")
     spent = ", ".join(f"{name} {tokens:,}" for name, tokens in found["training_tokens"].items())
-    return "\n".join(blocks + [f"Tokens sampled in training: {spent}\n"]*bool(spent))
-
-# %% ../nbs/11e_comparison.ipynb #12caf1ad
-def writable(path:str):
-    "Refuse a file that cannot be written, before the work that it is for."
-    new = not Path(path).exists()
-    try:
-        with open(path, "a"): pass
-        if new: Path(path).unlink()
-    except OSError as e: raise UserError(f"cannot write {path!r}: {e.strerror}") from e
+    notes = [f"Tokens sampled in training: {spent}\n"]*bool(spent) + [f"Left out: {found['left_out']} prompts that a policy was trained on.\n"]*bool(found["left_out"])
+    return "\n".join(blocks + notes + [f"Beware: {r}\n" for r in found["remarks"]])
 
 # %% ../nbs/11e_comparison.ipynb #600f9fd4
 def compare_command(config:CompareConfig, **_):

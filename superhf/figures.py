@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['COLOURS', 'DASHES', 'new_axes', 'loop_figure', 'table_of', 'check_same_reward', 'aligned', 'reward_figure',
            'runs_figure', 'watched', 'over_kl_figure', 'best_of_k_figure', 'thirds', 'source_figure', 'length_figure',
-           'phrase_figure', 'run_figures']
+           'phrase_figure', 'winning_phrase_figure', 'run_figures']
 
 # %% ../nbs/11f_figures.ipynb #33608247
 import json, math
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import UserError
-from .gaming import best_of_k, phrases_of
+from .gaming import best_of_k, winning_phrases, words
 from .runs import RunFolder, read_lines
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -113,11 +113,13 @@ def over_kl_figure(path, ax=None, smooth:float=0.8):
 
 # %% ../nbs/11f_figures.ipynb #4ead959e
 def best_of_k_figure(paths, ax=None):
-    "What the best of k samples earns above one, a line per run."
+    "What the best of k samples earns above one, a line per run; of PPO's runs, which sample a prompt once, there is none."
+    check_same_reward(paths)
     ax = new_axes(ax, xlabel="k", ylabel="score above one sample")
     ax.set_xscale("log", base=2)
     for i, p in enumerate(paths):
         curve = best_of_k(table_of(p, "samples").to_dict("records"))
+        if not len(curve): raise UserError(f"{str(p)!r} has no prompt with several samples, of which to take the best")
         ax.fill_between(curve.k, curve.low, curve.high, color=COLOURS[i % 7], alpha=0.15, linewidth=0)
         ax.plot(curve.k, curve.gain, color=COLOURS[i % 7], linestyle=DASHES[i % 7], marker="o", markersize=3, label=Path(p).name)
     ax.xaxis.set_major_formatter("{x:g}")
@@ -132,8 +134,9 @@ def thirds(t:pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/11f_figures.ipynb #6bf7d413
 def source_figure(path, ax=None):
     "Mean reward by source in the first and the last third of a run."
-    t = thirds(table_of(path, needs=("source", "reward/mean")))
-    groups = t.groupby(["part", "source"], observed=True)["reward/mean"].agg(["mean", "sem"])
+    t = table_of(path, "samples", needs=("source", "score")).dropna(subset=["score"])
+    t = thirds(t.groupby(["step", "source"], as_index=False).score.mean())       # a superbatch of several prompts may have several sources
+    groups = t.groupby(["part", "source"], observed=True).score.agg(["mean", "sem"])
     sources = sorted(t.source.unique())
     ax = new_axes(ax, xlabel="reward", yticks=range(len(sources)), yticklabels=sources)
     for i, part in enumerate(("first third", "last third")):
@@ -157,13 +160,20 @@ def length_figure(path, ax=None, most:int=4000):
 def phrase_figure(path, phrases:list[str], ax=None, smooth:float=0.9):
     "How the share of samples with each phrase grows over the run."
     t = table_of(path, "samples")
-    found = [phrases_of(c) for c in t.completion]
+    texts = [f" {' '.join(words(c))} " for c in t.completion]
     ax = new_axes(ax, xlabel="superbatch", ylabel="share of samples", ylim=(0, 1))
     for i, phrase in enumerate(phrases):
-        share = pd.Series([phrase in f for f in found], dtype=float).groupby(t.step.to_numpy()).mean()
+        share = pd.Series([f" {' '.join(words(phrase))} " in text for text in texts], dtype=float).groupby(t.step.to_numpy()).mean()
         ax.plot(share.index, share.ewm(alpha=1 - smooth).mean(), color=COLOURS[i % 7], linestyle=DASHES[i % 7], label=phrase)
     ax.legend(frameon=False, fontsize=8)
     return ax
+
+# %% ../nbs/11f_figures.ipynb #f3b97fc6
+def winning_phrase_figure(path, ax=None, most:int=5):
+    "The growth of the phrases that are clearest among the winners."
+    phrases = winning_phrases(table_of(path, "samples").to_dict("records")).phrase[:most].str.removeprefix("… ")
+    if not len(phrases): raise UserError(f"{str(path)!r} has no phrases that win")
+    return phrase_figure(path, list(phrases), ax)
 
 # %% ../nbs/11f_figures.ipynb #83242bd9
 def run_figures(path, folder=None) -> list[Path]:
@@ -171,7 +181,7 @@ def run_figures(path, folder=None) -> list[Path]:
     import matplotlib.pyplot as plt
     from superhf.evaluation import save_figure
     folder, files = Path(folder or RunFolder(path).figures), []
-    draws = dict(reward=lambda: reward_figure([path]), over_kl=lambda: over_kl_figure(path), best_of_k=lambda: best_of_k_figure([path]), reward_by_source=lambda: source_figure(path), length=lambda: length_figure(path))
+    draws = dict(reward=lambda: reward_figure([path]), over_kl=lambda: over_kl_figure(path), best_of_k=lambda: best_of_k_figure([path]), reward_by_source=lambda: source_figure(path), length=lambda: length_figure(path), phrases=lambda: winning_phrase_figure(path))
     for name, draw in draws.items():
         try: ax = draw()
         except UserError: continue

@@ -221,7 +221,7 @@ def gaming_report(samples:list[dict], metrics:list[dict],
     table = over_optimisation(watched, "reward", "validation", smooth=0) if len(watched) > 2 else over_optimisation(metrics)
     found = phrases.merge(growth(samples, list(phrases.phrase)), on="phrase") if len(phrases) else phrases
     effects = pd.DataFrame([phrase_effect(samples, p, reward) for p in phrases.phrase[:20]]) if reward and len(phrases) else None
-    return dict(best_of_k=best_of_k(samples), over_optimisation=table, gap=gap_slope(table), phrases=found, effects=effects, length=length_effect(samples))
+    return dict(best_of_k=best_of_k(samples), over_optimisation=table, gap=gap_slope(table), phrases=found, effects=effects, length=length_effect(samples), selects=not samples or any(r["selected"] for r in samples))
 
 # %% ../nbs/06a_gaming.ipynb #fa7dd930
 def gaming_text(report:dict, most:int=5) -> str:
@@ -233,5 +233,5 @@ def gaming_text(report:dict, most:int=5) -> str:
         lines.append("best of k above one sample: " + ", ".join(f"{k}: {at[k]:+.2f}" for k in (2, 4, 8, 16, 32, 64) if k in at.index))
     if gap["peak"] is not None: lines.append(f"gap between training and held-out reward: {gap['slope']:+.2f} [{gap['low']:.2f}, {gap['high']:.2f}] standard deviations per 100 superbatches; held-out peak at superbatch {gap['peak']}")
     if length["correlation"] == length["correlation"]: lines.append(f"length and score, rank correlation within a prompt: {length['correlation']:+.2f} [{length['low']:.2f}, {length['high']:.2f}]")
-    lines.append("phrases that win: " + ("; ".join(f"{r.phrase!r} in {100*r.winners:.0f} % of winners, {100*r.losers:.0f} % of the others" for r in phrases.head(most).itertuples()) or "none"))
+    if report["selects"]: lines.append("phrases that win: " + ("; ".join(f"{r.phrase!r} in {100*r.winners:.0f} % of winners, {100*r.losers:.0f} % of the others" for r in phrases.head(most).itertuples()) or "none"))
     return "\n".join(lines)

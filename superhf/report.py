@@ -40,7 +40,7 @@ def open_run(path) -> tuple[RunFolder, dict]:
     run = RunFolder(path)
     if not run.path.is_dir(): raise UserError(f"{str(path)!r} is not a folder; report needs run folders, as --output-dir of train and ppo names them")
     try: record = run.read_config()
-    except yaml.YAMLError as e: raise UserError(f"{str(run.config)!r} cannot be read as YAML: {str(e).splitlines()[0]}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"{str(run.config)!r} cannot be read as YAML: {str(e).splitlines()[0]}") from e
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict): raise UserError(f"{str(run.config)!r} does not hold the options of a run")
     return run, record
 
@@ -50,7 +50,9 @@ def records_of(path:Path, warnings:list[str]) -> list[dict]:
     found = []
     for i, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
         if not line.strip(): continue
-        try: found.append(json.loads(line))
+        try:
+            found.append(json.loads(line))
+            if not isinstance(found[-1], dict): raise ValueError(found.pop())
         except ValueError:
             warnings.append(f"{path.parent.name}/{path.name}: line {i} is torn or damaged; it and what follows are left out")
             break
@@ -109,12 +111,14 @@ def run_data(path, warnings:list[str]) -> tuple[dict, list[dict]]:
     "What the page says about a run, and its samples."
     run, record = open_run(path)
     c, mine = record["config"], []
+    ppo = "ppo_epochs" in c
     metrics, evaluations, samples = (records_of(p, mine) for p in (run.metrics, run.evaluations, run.samples))
+    samples = [dict(r, selected=not ppo and bool(r.get("selected"))) for r in samples]        # PPO trains on every answer and selects none
     changes, pairs = held_out_of(run, mine)
     state = state_of(run, c, metrics)
     if state != "finished": mine.append(f"{run.path.name}: {state}")
     last = metrics[-1] if metrics else {}
-    data = dict(name=str(path).rstrip("/"), method="PPO" if "ppo_epochs" in c else "SuperHF", model=c.get("model"), reward_model=str(c.get("reward_model")), validation=c.get("validation_reward_model"),
+    data = dict(name=str(path).rstrip("/"), method="PPO" if ppo else "SuperHF", model=c.get("model"), reward_model=str(c.get("reward_model")), validation=c.get("validation_reward_model"),
                 seed=c.get("seed"), asked=c.get("superbatches"), done=last.get("step", 0), state=state, reward=last.get("reward/ema"), kl=last.get("kl"), config=yaml.safe_dump(record, sort_keys=False, allow_unicode=True), options=plain_options(c), machine=machine_of(record),
                 curves=curves_of(metrics, evaluations), changes=changes, pairs=pairs, gaming=gaming_of(samples, metrics, evaluations))
     warnings += mine
@@ -156,11 +160,13 @@ def page(title:str, data:dict) -> str:
 
 # %% ../nbs/11g_report.ipynb #f718b608
 def incomparable(runs:list[dict]) -> list[str]:
-    "A warning where runs that stand side by side were trained with different reward models."
-    used = {}
-    for r in runs: used.setdefault(r["reward_model"], []).append(r["name"])
-    if len(used) < 2: return []
-    return ["These runs have different reward models; their rewards are on different scales and cannot be compared: " + "; ".join(f"{m}: {', '.join(names)}" for m, names in used.items())]
+    "A warning where runs that stand side by side were trained, or watched, by different reward models."
+    found = []
+    for key, what, whose in (("reward_model", "reward models", "rewards"), ("validation", "second reward models", "second rewards")):
+        used = {}
+        for r in runs: used.setdefault(r.get(key), []).append(r["name"])
+        if len(used.keys() - {None}) > 1: found.append(f"These runs have different {what}; their {whose} are on different scales and cannot be compared: " + "; ".join(f"{m}: {', '.join(names)}" for m, names in used.items()))
+    return found
 
 # %% ../nbs/11g_report.ipynb #7c45a080
 def make_report(paths:list[str]) -> str:

@@ -36,10 +36,14 @@ def append_lines(path:Path, records:list[dict]):
 
 # %% ../nbs/07_runs.ipynb #771a66b8
 def read_lines(path:Path) -> list[dict]:
-    "The records of a file; a torn last line (the process was killed while writing it) is left out."
+    "The records of a file; a torn last line (the process was killed while writing it) is left out, a damaged one is refused."
     if not path.exists(): return []
     whole, _, _ = path.read_bytes().rpartition(b"\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    found = []
+    for i, line in enumerate(whole.splitlines(), 1):
+        try: found.append(json.loads(line))
+        except ValueError as e: raise UserError(f"{path}, line {i} is damaged: {e}") from e
+    return found
 
 # %% ../nbs/07_runs.ipynb #a9e03f3a
 def rewind(path:Path, step:int):

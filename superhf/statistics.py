@@ -55,8 +55,10 @@ def signed_ranks(differences, draws:int=20_000, seed:int=0) -> float:
     if not len(d): return 1.0
     ranks = pd.Series(np.abs(d)).rank().to_numpy()
     exact = len(d) <= 16
-    signs = 2*((np.arange(2**len(d))[:, None] >> np.arange(len(d))) & 1) - 1 if exact else np.random.default_rng(seed).choice([-1, 1], (draws, len(d)))
-    extreme = np.abs(signs @ ranks) >= abs(np.sign(d) @ ranks) - 1e-9
+    rng, rows = np.random.default_rng(seed), max(1, 10_000_000//len(d))       # so many draws at once, to save memory
+    if exact: sums = (2*((np.arange(2**len(d))[:, None] >> np.arange(len(d))) & 1) - 1) @ ranks
+    else: sums = np.concatenate([rng.choice([-1, 1], (min(rows, draws - at), len(d))) @ ranks for at in range(0, draws, rows)])
+    extreme = np.abs(sums) >= abs(np.sign(d) @ ranks) - 1e-9
     return extreme.mean() if exact else (1 + extreme.sum())/(1 + draws)
 
 # %% ../nbs/00_statistics.ipynb #71450574

@@ -44,9 +44,8 @@ function chart(title, caption, lines, xLabel = "superbatch") {
   const W = 360, H = 200, left = 46, right = 8, top = 8, bottom = 34;
   const points = lines.flatMap(l => l.points.concat(l.band ?? [])).filter(p => p[1] !== null);
   if (!points.length) return null;
-  const range = values => { let a = Math.min(...values), b = Math.max(...values); if (a === b) { a -= 0.5; b += 0.5; } return [a, b]; };
-  const thin = (all, k) => all.length > 4000 ? all.filter((_, i) => i % Math.ceil(all.length/4000) === 0).map(p => p[k]) : all.map(p => p[k]);
-  const [x0, x1] = range(thin(points, 0)), [y0, y1] = range(thin(points, 1));
+  const range = k => { let a = Infinity, b = -Infinity; for (const p of points) { a = Math.min(a, p[k]); b = Math.max(b, p[k]); } if (a === b) { a -= 0.5; b += 0.5; } return [a, b]; };
+  const [x0, x1] = range(0), [y0, y1] = range(1);
   const X = x => left + (x - x0)/(x1 - x0)*(W - left - right), Y = y => H - bottom - (y - y0)/(y1 - y0)*(H - top - bottom);
   const box = svg("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${title} over ${xLabel}`});
   for (const y of ticks(y0, y1)) {
@@ -74,9 +73,10 @@ const smooth = (points, weight = 0.9) => points.reduce((done, [x, y]) => { const
 // Every superbatch is a dot and the line a moving average; the few evaluations on held-out prompts are joined as they are.
 function linesOf(points, i, few) { return few ? [{points, colour: colour(i)}] : [{points, colour: colour(i), dots: true}, {points: smooth(points), colour: colour(i)}]; }
 
-// Reward on held-out prompts over the root of the KL divergence: what a distance from the start has bought.
+// Reward on held-out prompts over the root of the KL divergence: what a distance from the start has bought. One reward for all runs: the second where any run has it.
 function overKL(r) {
-  const kl = new Map(r.curves["held_out/kl"] ?? []), reward = r.curves["held_out/validation"] ?? r.curves["held_out/reward"] ?? [];
+  const watched = data.runs.some(run => run.curves["held_out/validation"]);
+  const kl = new Map(r.curves["held_out/kl"] ?? []), reward = r.curves[watched ? "held_out/validation" : "held_out/reward"] ?? [];
   return reward.filter(([step]) => kl.has(step)).map(([step, value]) => [Math.sqrt(Math.max(0, kl.get(step))), value]).sort((a, b) => a[0] - b[0]);
 }
 
@@ -125,7 +125,7 @@ function drawGaming() {
       const band = b.map(k => [Math.log2(k.k), k.high]).concat(b.map(k => [Math.log2(k.k), k.low]).reverse());
       at.append(make("div", {class: "charts"}, chart("Best of k", "what it earns above one sample, with its 95 % interval", [{points: b.map(k => [Math.log2(k.k), k.gain]), band, colour: colour(i)}], "log2 k")));
     }
-    if (g.phrases.length) at.append(table(["phrase", "of winners", "of the others", "early in the run", "late", "adjusted p"], g.phrases.map(p => [p.phrase, percent(p.winners), percent(p.losers), percent(p.early), percent(p.late), p.p])));
+    if (g.phrases.length) at.append(table(["phrase", "of winners", "of the others", "early in the run", "late", "adjusted p of winners against others"], g.phrases.map(p => [p.phrase, percent(p.winners), percent(p.losers), percent(p.early), percent(p.late), p.q])));
   });
 }
 
