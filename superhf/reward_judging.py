@@ -153,7 +153,7 @@ def plot_calibration(tables:dict,  # name of a reward model -> its `calibration`
         ax.errorbar(t.difference, t.observed, [(t.observed - t.low).clip(0), (t.high - t.observed).clip(0)], fmt="o", ms=4, capsize=2, color=f"C{i}", label=name)
     curve = np.linspace(0, max(t.difference.max() for t in tables.values()) * 1.05, 100)
     ax.plot(curve, 1 / (1 + np.exp(-curve)), color="0.5", lw=1, label="Bradley-Terry")
-    ax.set(xlabel="difference in score", ylabel="share in which the higher score was preferred"); ax.legend(frameon=False)
+    ax.set(xlabel="difference in score", ylabel="share preferred by people"); ax.legend(frameon=False)
     return ax
 
 # %% ../nbs/10_reward_judging.ipynb #2144d4df
