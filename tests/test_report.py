@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np, pytest
 
+from superhf.ppo import PPOConfig
 from superhf.report import make_report
 from superhf.runs import RunFolder
 from superhf.training import SuperHFConfig
@@ -13,9 +14,9 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machin
 ATTACKS = ["<script>document.title = 'owned'</script>", "<img src=x onerror=\"document.title = 'owned'\">", "</script><script>document.title = 'owned'</script>",
            "<svg onload=\"document.title = 'owned'\">", "javascript:document.title='owned'", "{{constructor.constructor('document.title=1')()}}", "\u2028\u2029 & &lt;b&gt;", "plain"]
 
-def make_run(folder, steps, S, **config):
+def make_run(folder, steps, S, kind=SuperHFConfig, **config):
     "A run folder with made-up numbers, whose prompts and completions try to run."
-    run, rng = RunFolder(folder).create(SuperHFConfig(superbatches=steps, **config)), np.random.default_rng(0)
+    run, rng = RunFolder(folder).create(kind(superbatches=steps, **config)), np.random.default_rng(0)
     metrics = [{"step": t, "reward/mean": float(rng.normal()), "reward/ema": t/steps, "kl": t/steps} for t in range(1, steps + 1)]
     scores = rng.normal(size=(steps, S))
     samples = [dict(step=t, index=i, source="ab"[t % 2], prompt=f"Question {t}? {ATTACKS[t % 8]}", completion=f"Answer {t}.{i}. {ATTACKS[i % 8]} " + "and so on "*20,
@@ -106,6 +107,21 @@ def test_samples_can_be_found(browser, tmp_path):
     assert scores == sorted(scores, reverse=True)
     browser.ask("document.getElementById('next').click()")
     assert browser.ask("document.getElementById('page').textContent") == "page 2 of 4"
+
+def test_an_outlier_stays_in_its_chart(browser, tmp_path):
+    run = make_run(tmp_path/"spike", 4500, 1)
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    records[1]["reward/mean"] = 1e6
+    run.metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
+    browser.open(write(tmp_path/"spike.html", run.path))
+    at = browser.ask("[...document.querySelectorAll('#curves circle')].map(c => Number(c.getAttribute('cy')))")
+    assert len(at) >= 4500 and 0 <= min(at) and max(at) <= 200
+
+def test_nothing_is_selected_in_ppo(browser, tmp_path):
+    run = make_run(tmp_path/"ppo", 6, 8, PPOConfig)
+    browser.open(write(tmp_path/"ppo.html", run.path))
+    assert rows(browser) == 25 and browser.ask("document.querySelectorAll('#samples .chosen').length") == 0
+    assert "phrases that win" not in browser.ask("document.getElementById('gaming').textContent")
 
 def test_a_phone_shows_it_whole(browser, tmp_path):
     run = make_run(tmp_path/("a-rather-long-name-for-a-run-"*3), 6, 8)
