@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SAME_INPUT', 'RowLayer', 'fill_holes', 'decode_attention', 'register_attention', 'decoding', 'Packed', 'PackedLinear',
-           'pack_linears', 'acting', 'whole', 'for_sampling', 'SamplingCopy', 'native_bfloat16',
+           'pack_linears', 'acting', 'whole', 'can_pack', 'for_sampling', 'SamplingCopy', 'native_bfloat16',
            'multiplies_in_bfloat16', 'sampling_dtype']
 
 # %% ../nbs/03b_inference.ipynb #a43ac6a3
-import copy
+import copy, functools
 from contextlib import contextmanager
 import torch
 from torch import nn
@@ -145,6 +145,15 @@ def whole(x:torch.Tensor) -> torch.Tensor:
     "A tensor in full; one in shards is brought together, by all processes at once."
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
+# %% ../nbs/03b_inference.ipynb #82b77fcc
+@functools.cache
+def can_pack(dtype:torch.dtype) -> bool:
+    "Whether this CPU packs matrices of a number format."
+    if not torch.backends.mkldnn.is_available(): return False
+    try: torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), 16)
+    except RuntimeError: return False
+    return True
+
 # %% ../nbs/03b_inference.ipynb #2f3ccf29
 def for_sampling(model, dtype:torch.dtype,
                  packed:bool=True # pack the linear layers, on CPU
@@ -152,8 +161,7 @@ def for_sampling(model, dtype:torch.dtype,
     "The model itself, ready to sample from in `dtype`, and its packs; it cannot be trained any more."
     if hasattr(model, "merge_and_unload"): model = model.merge_and_unload()
     model = model.to(dtype).requires_grad_(False).eval()
-    can = packed and model.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return model, pack_linears(model) if can else []
+    return model, pack_linears(model) if packed and model.device.type == "cpu" and can_pack(dtype) else []
 
 # %% ../nbs/03b_inference.ipynb #4fe2d7c5
 class SamplingCopy:
