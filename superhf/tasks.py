@@ -6,8 +6,9 @@
 __all__ = ['TASKS', 'TABLE_4', 'LOCAL', 'SHOWN', 'LocalData', 'task_names', 'plain_words', 'word_f1', 'squad_scores', 'as_choice',
            'pair_docs', 'row_fault', 'local_rows', 'hub_form', 'task_config', 'need_lm_eval', 'as_lm', 'check_answers',
            'run_task', 'prompt_of_sample', 'with_interval', 'weights_mark', 'EvaluateConfig', 'question', 'data_mark',
-           'read_results', 'write_results', 'evaluate', 'load_lm', 'shown_metrics', 'results_frame', 'cell_text',
-           'results_table', 'table_as', 'latex_table', 'differences', 'evaluate_command']
+           'task_version', 'read_results', 'write_results', 'sort_results', 'evaluate', 'load_lm', 'shown_metrics',
+           'results_frame', 'cell_text', 'results_table', 'markdown_table', 'table_as', 'latex_table', 'differences',
+           'differences_as', 'evaluate_command']
 
 # %% ../nbs/11d_tasks.ipynb #93de18be
 import gzip, hashlib, importlib.util, json, math, os, re, string, tempfile, time
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import UserError, opt, writable
+from .core import UserError, opt, tell, writable
 from .statistics import holm, mean_interval, paired_p, wilson
 
 # %% ../nbs/11d_tasks.ipynb #4932d35a
@@ -154,9 +155,10 @@ def run_task(lm, task:str, data_dir:str|None=None, # a folder with the data; the
             ) -> dict:
     "lm-eval's result of one task: the scores of every question by metric, its own summary, and the first prompt."
     from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
     if chat and not lm.tokenizer.chat_template: raise UserError("the policy's tokenizer has no chat template; leave out --chat")
     with task_config(task, data_dir, seed) as config:
-        try: out = simple_evaluate(lm, tasks=[config], num_fewshot=shots, limit=limit or None, bootstrap_iters=0, apply_chat_template=chat, fewshot_random_seed=seed)
+        try: out = simple_evaluate(lm, tasks=[config], task_manager=TaskManager(include_defaults=False), num_fewshot=shots, limit=limit or None, bootstrap_iters=0, apply_chat_template=chat, fewshot_random_seed=seed)
         except (OSError, ConnectionError, ValueError) as e:
             where = f"{shots} examples and {data_dir!r}" if data_dir else f"{config['dataset_path']} of the hub; --data-dir names a folder to read from instead"
             raise UserError(f"task {task!r} failed ({str(e).splitlines()[0]}) with {where}") from e
@@ -164,7 +166,7 @@ def run_task(lm, task:str, data_dir:str|None=None, # a folder with the data; the
     asked, metrics = out["samples"][task], [m["metric"] for m in config["metric_list"]]
     scores = {m: [float(s[m]) for s in asked] for m in metrics if m != "perplexity"}
     summary = {k.split(",")[0]: v for k, v in out["results"][task].items() if isinstance(v, (int, float)) and "stderr" not in k}
-    return dict(scores=scores, summary=summary, prompt=prompt_of_sample(asked[0]), version=config["metadata"]["version"])
+    return dict(scores=scores, summary=summary, prompt=prompt_of_sample(asked[0]))
 
 # %% ../nbs/11d_tasks.ipynb #1a3a9fd9
 def prompt_of_sample(sample:dict) -> str:
@@ -209,13 +211,19 @@ class EvaluateConfig:
 # %% ../nbs/11d_tasks.ipynb #bba69b44
 def question(c:EvaluateConfig, model:str, task:str) -> dict:
     "What a result answers; two results with the same are the same."
-    return dict(model=model, weights=weights_mark(model, c.revision), task=task, data=data_mark(task, c.data_dir), limit=c.limit, shots=c.shots, chat=c.chat, seed=c.seed, dtype=c.dtype)
+    return dict(model=model, weights=weights_mark(model, c.revision), task=task, version=task_version(task), data=data_mark(task, c.data_dir), limit=c.limit, shots=c.shots, chat=c.chat, seed=c.seed, dtype=c.dtype)
 
 # %% ../nbs/11d_tasks.ipynb #dc00fa6e
 def data_mark(task:str, data_dir:str) -> str:
     "The hub's set, or the checksum of the local file."
     if not data_dir: return "hub"
     return hashlib.sha256(local_rows(task, data_dir)[0].read_bytes()).hexdigest()[:16]
+
+# %% ../nbs/11d_tasks.ipynb #15b6985b
+def task_version(task:str) -> float:
+    "The version of a task's definition: of its prompt, its split and its metric."
+    from lm_eval.tasks._yaml_loader import load_yaml
+    return load_yaml(TASKS/f"{task}.yaml")["metadata"]["version"]
 
 # %% ../nbs/11d_tasks.ipynb #39b635cb
 def read_results(path:str) -> list[dict]:
@@ -237,6 +245,14 @@ def write_results(path:str, results:list[dict]):
     beside.write_text(json.dumps(dict(results=results, hardware=hardware(), versions=versions()), indent=1))
     os.replace(beside, path)
 
+# %% ../nbs/11d_tasks.ipynb #cd70f7aa
+def sort_results(asked:list[dict], # from `question`
+                 known:list[dict]  # stored results
+                ) -> tuple[list, list]:
+    "The stored result of every question asked, None where there is none, and the results that answer others."
+    key = lambda r: {k: r.get(k) for k in asked[0]}
+    return [next((r for r in known if key(r) == q), None) for q in asked], [r for r in known if key(r) not in asked]
+
 # %% ../nbs/11d_tasks.ipynb #2180e735
 def evaluate(c:EvaluateConfig, progress:bool=True) -> list[dict]:
     "Results of every model on every task: what was asked, scores of each question, means with intervals."
@@ -245,9 +261,7 @@ def evaluate(c:EvaluateConfig, progress:bool=True) -> list[dict]:
     tasks, known = task_names(c.tasks), read_results(c.output)
     asked = [question(c, m, t) for m in dict.fromkeys(c.model) for t in tasks]
     if c.output: writable(c.output)
-    key = lambda r: {k: r.get(k) for k in asked[0]}
-    results = [next((r for r in known if key(r) == q), None) for q in asked]
-    others = [r for r in known if key(r) not in asked]
+    results, others = sort_results(asked, known)
     bar = tqdm(total=len(asked), initial=sum(r is not None for r in results), disable=not progress, desc="tasks")
     for model in dict.fromkeys(c.model):
         open_ones = [i for i, (q, r) in enumerate(zip(asked, results)) if q["model"] == model and r is None]
@@ -292,6 +306,13 @@ def results_table(frame:pd.DataFrame, latex:bool=False) -> pd.DataFrame:
     cells = frame.assign(cell=[cell_text(r, latex) for r in frame.itertuples()])
     return cells.pivot(index="model", columns="task", values="cell").loc[list(dict.fromkeys(frame.model)), list(dict.fromkeys(frame.task))]
 
+# %% ../nbs/11d_tasks.ipynb #3ea0cb51
+def markdown_table(table:pd.DataFrame) -> str:
+    "The columns of a table in Markdown's pipes; numbers with three digits."
+    text = lambda v: f"{v:.3g}" if isinstance(v, float) else str(v).replace("|", "\\|")
+    lines = [list(table.columns), ["---"]*len(table.columns), *table.values.tolist()]
+    return "\n".join("| " + " | ".join(map(text, line)) + " |" for line in lines) + "\n"
+
 # %% ../nbs/11d_tasks.ipynb #6f478407
 def table_as(frame:pd.DataFrame, how:str="text") -> str:
     "The table as text, Markdown, CSV (one line per cell, all digits) or LaTeX."
@@ -299,8 +320,7 @@ def table_as(frame:pd.DataFrame, how:str="text") -> str:
     table = results_table(frame, how == "latex")
     if how == "text": return table.to_string() + "\n"
     if how == "latex": return latex_table(table)
-    lines = [["model", *table.columns], ["---"]*(1 + len(table.columns)), *([m, *row] for m, row in zip(table.index, table.values))]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    return markdown_table(table.reset_index())
 
 # %% ../nbs/11d_tasks.ipynb #7e261f10
 def latex_table(table:pd.DataFrame) -> str:
@@ -323,10 +343,13 @@ def differences(results:list[dict]) -> pd.DataFrame:
     return table.assign(p_holm=holm(table.p))
 
 # %% ../nbs/11d_tasks.ipynb #7d2d109a
+def differences_as(table:pd.DataFrame, how:str="text") -> str:
+    "The paired comparisons below a table of results, with what they are; nothing below CSV and LaTeX."
+    if not len(table) or how not in ("text", "markdown"): return ""
+    return "\nPaired differences (McNemar; Wilcoxon for F1), corrected by Holm for their number:\n\n" + (markdown_table(table) if how == "markdown" else table.to_string(index=False, float_format=lambda x: f"{x:.3g}") + "\n")
+
+# %% ../nbs/11d_tasks.ipynb #ad1c7846
 def evaluate_command(config:EvaluateConfig, **_):
     "`superhf evaluate`: a table like Table 4, and which of its differences could not be chance."
-    from superhf.core import tell
     results = evaluate(config)
-    tell(table_as(results_frame(results), config.table).rstrip("\n"))
-    table = differences(results)
-    if len(table) and config.table == "text": tell("\nPaired differences (McNemar; Wilcoxon for F1), corrected by Holm for their number:\n" + table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
+    tell((table_as(results_frame(results), config.table) + differences_as(differences(results), config.table)).rstrip("\n"))
