@@ -10,6 +10,7 @@ __all__ = ['Completion', 'StopRule', 'prefill', 'Batch', 'read_prompts', 'forwar
 # %% ../nbs/04_generation.ipynb #c0741247
 from dataclasses import dataclass
 import numpy as np, torch
+from fastcore.basics import patch
 from transformers.cache_utils import Cache
 from .core import UserError, opt
 from .drawing import SamplingConfig, penalize, propose, settle, token_probs, uniforms
@@ -255,7 +256,7 @@ def check_room(model, tokens:int):
         limit = getattr(config, name, None)
         if limit and tokens > limit: raise UserError(f"prompt and completion together take {tokens} tokens, and this model's {name} is {limit}: shorten the prompts or max_new_tokens")
 
-# %% ../nbs/04_generation.ipynb #e8cbcad1
+# %% ../nbs/04_generation.ipynb #fc1a0c20
 class Sampler:
     "Samples completions from a policy that is in training: `sampler(prompts, seed, step)`."
     def __init__(self, policy, tokenizer, format, config:SamplingConfig,
@@ -270,38 +271,46 @@ class Sampler:
         dtype = sampling_dtype(dtype, policy)
         self.copy = SamplingCopy(policy, dtype) if apart or dtype != policy.dtype else None
 
-    def model(self):
-        "The weights to sample with: the policy's own, or a fresh copy in another format."
-        return self.copy.refresh(self.policy) if self.copy else self.policy
+# %% ../nbs/04_generation.ipynb #b7944057
+@patch
+def model(self:Sampler):
+    "The weights to sample with: the policy's own, or a fresh copy in another format."
+    return self.copy.refresh(self.policy) if self.copy else self.policy
 
-    def room_for(self, model, prompts:list[list[int]]) -> Batch:
-        "Buffers for these prompts and their completions; those of the last call where they are large enough."
-        need = max(map(len, prompts)) + self.config.max_new_tokens
-        check_room(model, need)
-        room = -(-need//32)*32
-        b = self.batch
-        if b is None or b.model is not model or b.rows < len(prompts) or not room <= b.room <= 2*room:
-            self.batch = None
-            self.batch = Batch(model, self.config, len(prompts), room)
-        self.batch.graphs.check(model)
-        return self.batch
+# %% ../nbs/04_generation.ipynb #704a013e
+@patch
+def room_for(self:Sampler, model, prompts:list[list[int]]) -> Batch:
+    "Buffers for these prompts and their completions; those of the last call where they are large enough."
+    need = max(map(len, prompts)) + self.config.max_new_tokens
+    check_room(model, need)
+    room = -(-need//32)*32
+    b = self.batch
+    if b is None or b.model is not model or b.rows < len(prompts) or not room <= b.room <= 2*room:
+        self.batch = None
+        self.batch = Batch(model, self.config, len(prompts), room)
+    self.batch.graphs.check(model)
+    return self.batch
 
-    def rest(self):
-        "Give the buffers back until they are needed again; on a GPU captured steps point to them, and they stay."
-        if self.policy.device.type == "cpu": self.batch = None
+# %% ../nbs/04_generation.ipynb #28a11b6f
+@patch
+def rest(self:Sampler):
+    "Give the buffers back until they are needed again; on a GPU captured steps point to them, and they stay."
+    if self.policy.device.type == "cpu": self.batch = None
 
-    def __call__(self, prompts:list[str],      # one per completion; repeat a prompt to sample it many times
-                 seed:int, step:int,           # of the run, of the superbatch
-                 indices:list[int]|None=None,  # of the completions in the superbatch; counted from 0 unless given
-                 logprobs:bool=False) -> list[Completion]:
-        "One completion for every prompt, in order."
-        indices, n = list(range(len(prompts))) if indices is None else indices, self.config.max_new_tokens
-        encoded = {p: self.format.encode(p, self.tokenizer) for p in dict.fromkeys(prompts)}
-        with decoding(self.model()) as model:
-            def work(rows):
-                ids = [encoded[prompts[r]] for r in rows]
-                return decode_rows(self.room_for(model, ids), ids, np.stack([uniforms(seed, step, indices[r], n) for r in rows]), self.rule, logprobs)
-            return self.batches.run(work, list(range(len(prompts))))
+# %% ../nbs/04_generation.ipynb #5eedd582
+@patch
+def __call__(self:Sampler, prompts:list[str],      # one per completion; repeat a prompt to sample it many times
+             seed:int, step:int,           # of the run, of the superbatch
+             indices:list[int]|None=None,  # of the completions in the superbatch; counted from 0 unless given
+             logprobs:bool=False) -> list[Completion]:
+    "One completion for every prompt, in order."
+    indices, n = list(range(len(prompts))) if indices is None else indices, self.config.max_new_tokens
+    encoded = {p: self.format.encode(p, self.tokenizer) for p in dict.fromkeys(prompts)}
+    with decoding(self.model()) as model:
+        def work(rows):
+            ids = [encoded[prompts[r]] for r in rows]
+            return decode_rows(self.room_for(model, ids), ids, np.stack([uniforms(seed, step, indices[r], n) for r in rows]), self.rule, logprobs)
+        return self.batches.run(work, list(range(len(prompts))))
 
 # %% ../nbs/04_generation.ipynb #390ba55b
 @dataclass

@@ -10,6 +10,7 @@ __all__ = ['PPO_GLOSSARY', 'responses', 'step_generator', 'batch_rows', 'make_pp
 import logging, time
 from dataclasses import replace
 import torch
+from fastcore.basics import patch
 from .core import UserError
 from .generation import Completion
 from .models import trainable
@@ -121,7 +122,7 @@ class PPORecords(SuperHFTrainer):
         "The numbers that the next step depends on, beside weights and moments."
         return dict(ema=self.ema, tokens=self.tokens, kl_coef=self.kl_coef, first=self.first, told=self.told)
 
-# %% ../nbs/09d_ppo_trainer.ipynb #89445c7a
+# %% ../nbs/09d_ppo_trainer.ipynb #bb3384f2
 class PPOTrainer(PPORecords):
     "Trains a policy by PPO on the ground of SuperHF; every step is a line in the run folder."
     def __init__(self, config:PPOConfig, policy, tokenizer,
@@ -137,49 +138,59 @@ class PPOTrainer(PPORecords):
         self.optimizer = make_ppo_optimizer(self.model, config)
         self.kl_coef, self.first, self.told = config.init_kl_coef, None, []
 
-    def superbatch(self, step:int) -> tuple:
-        "Sample, score, one PPO step; gives the record and the samples."
-        started, clock, c = time.perf_counter(), Clock(), self.config
-        prompts = prompts_of(self.prompts, step, c.superbatch_prompts, c.seed)
-        with clock("generate"): completions = sample(self.sampler, prompts, c.superbatch_size, c.seed, step, self.processes)
-        each = [p["prompt"] for p in prompts for _ in range(c.superbatch_size//len(prompts))]
-        prompt_ids, response_ids, texts = responses(each, completions, self.format, self.tokenizer, c)
-        with clock("score"): scores, validation = self.score_texts(each, texts)
-        with clock("finetune"): tuned = self.update(step, prompt_ids, response_ids, scores)
-        record = self.record(step, prompts, completions, scores, validation, tuned)
-        record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory(self.policy.device)}
-        trained = [i for i, ids in enumerate(response_ids) if ids and not tuned["skipped"]]
-        return record, sample_rows(step, prompts, completions, scores, validation, trained)
+# %% ../nbs/09d_ppo_trainer.ipynb #982c3be0
+@patch
+def superbatch(self:PPOTrainer, step:int) -> tuple:
+    "Sample, score, one PPO step; gives the record and the samples."
+    started, clock, c = time.perf_counter(), Clock(), self.config
+    prompts = prompts_of(self.prompts, step, c.superbatch_prompts, c.seed)
+    with clock("generate"): completions = sample(self.sampler, prompts, c.superbatch_size, c.seed, step, self.processes)
+    each = [p["prompt"] for p in prompts for _ in range(c.superbatch_size//len(prompts))]
+    prompt_ids, response_ids, texts = responses(each, completions, self.format, self.tokenizer, c)
+    with clock("score"): scores, validation = self.score_texts(each, texts)
+    with clock("finetune"): tuned = self.update(step, prompt_ids, response_ids, scores)
+    record = self.record(step, prompts, completions, scores, validation, tuned)
+    record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory(self.policy.device)}
+    trained = [i for i, ids in enumerate(response_ids) if ids and not tuned["skipped"]]
+    return record, sample_rows(step, prompts, completions, scores, validation, trained)
 
-    def score_texts(self, prompts:list[str], texts:list[str]) -> tuple:
-        "Scores of the reward model, and of the one that only watches."
-        watch = self.validation_reward_model
-        def together(reward):
-            mine = self.processes.share(len(texts))
-            scores = reward([prompts[i] for i in mine], [texts[i] for i in mine]) if mine else []
-            return torch.tensor(self.processes.gather(torch.as_tensor(scores, dtype=torch.float32).tolist()), dtype=torch.float32)
-        return together(self.reward_model), None if watch is None else together(watch)
+# %% ../nbs/09d_ppo_trainer.ipynb #b2fcc947
+@patch
+def score_texts(self:PPOTrainer, prompts:list[str], texts:list[str]) -> tuple:
+    "Scores of the reward model, and of the one that only watches."
+    watch = self.validation_reward_model
+    def together(reward):
+        mine = self.processes.share(len(texts))
+        scores = reward([prompts[i] for i in mine], [texts[i] for i in mine]) if mine else []
+        return torch.tensor(self.processes.gather(torch.as_tensor(scores, dtype=torch.float32).tolist()), dtype=torch.float32)
+    return together(self.reward_model), None if watch is None else together(watch)
 
-    def update(self, step:int, prompt_ids, response_ids, scores) -> dict:
-        "Self-checks before the first step; then one PPO step. Gives its statistics."
-        c = self.config
-        rows = batch_rows(prompt_ids, response_ids, scores, self.tokenizer, self.policy.device)
-        if step == 1 and c.self_checks: self.refuse(self_checks(self.model, self.reference, rows, prompt_ids, response_ids, c))
-        for group in self.optimizer.param_groups: group["lr"] = ppo_learning_rate(step, c)
-        self.sampler.rest()
-        return_memory()
-        stats, self.kl_coef = ppo_step(self.model, self.reference, rows, self.optimizer, c, self.kl_coef, step_generator(c.seed, step))
-        self.optimizer.zero_grad()
-        return dict(skipped="", selected=int(rows.mask.any(1).sum())) | stats | {"kl": kl_per_token(stats, rows)}
+# %% ../nbs/09d_ppo_trainer.ipynb #ee622c61
+@patch
+def update(self:PPOTrainer, step:int, prompt_ids, response_ids, scores) -> dict:
+    "Self-checks before the first step; then one PPO step. Gives its statistics."
+    c = self.config
+    rows = batch_rows(prompt_ids, response_ids, scores, self.tokenizer, self.policy.device)
+    if step == 1 and c.self_checks: self.refuse(self_checks(self.model, self.reference, rows, prompt_ids, response_ids, c))
+    for group in self.optimizer.param_groups: group["lr"] = ppo_learning_rate(step, c)
+    self.sampler.rest()
+    return_memory()
+    stats, self.kl_coef = ppo_step(self.model, self.reference, rows, self.optimizer, c, self.kl_coef, step_generator(c.seed, step))
+    self.optimizer.zero_grad()
+    return dict(skipped="", selected=int(rows.mask.any(1).sum())) | stats | {"kl": kl_per_token(stats, rows)}
 
-    def divergence(self, prompts, completions) -> float|None:
-        "log π - log π_0 per answer token, on answers that were not trained on."
-        each = [p["prompt"] for p in prompts for _ in range(len(completions)//len(prompts))]
-        prompt_ids, response_ids, _ = responses(each, completions, self.format, self.tokenizer, self.config)
-        rows = batch_rows(prompt_ids, response_ids, [0.0]*len(completions), self.tokenizer, self.policy.device)
-        roll = roll_out(self.model, self.reference, rows, 0.0, self.config)
-        return ((roll.logprobs - roll.ref_logprobs)*rows.mask).sum().item()/rows.mask.sum().item()
+# %% ../nbs/09d_ppo_trainer.ipynb #1505458d
+@patch
+def divergence(self:PPOTrainer, prompts, completions) -> float|None:
+    "log π - log π_0 per answer token, on answers that were not trained on."
+    each = [p["prompt"] for p in prompts for _ in range(len(completions)//len(prompts))]
+    prompt_ids, response_ids, _ = responses(each, completions, self.format, self.tokenizer, self.config)
+    rows = batch_rows(prompt_ids, response_ids, [0.0]*len(completions), self.tokenizer, self.policy.device)
+    roll = roll_out(self.model, self.reference, rows, 0.0, self.config)
+    return ((roll.logprobs - roll.ref_logprobs)*rows.mask).sum().item()/rows.mask.sum().item()
 
-    def trained(self):
-        "The policy with its value head."
-        return self.model
+# %% ../nbs/09d_ppo_trainer.ipynb #2c89c4cb
+@patch
+def trained(self:PPOTrainer):
+    "The policy with its value head."
+    return self.model

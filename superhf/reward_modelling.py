@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch.nn import functional as F
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .core import UserError, check_config, opt
 from .inference import multiplies_in_bfloat16
@@ -263,53 +264,61 @@ class Student:
         del state["config"]
         vars(self).update(state)
 
-# %% ../nbs/10_reward_modelling.ipynb #aac5a921
+# %% ../nbs/10_reward_modelling.ipynb #2986ddb9
 class RewardTrainer(Student):
     "The training loop of a reward model."
     def __init__(self, config, model, tokenizer, examples, validation):
         super().__init__(config, model, tokenizer)
         self.examples, self.validation = examples, validation
 
-    def train_step(self, batch:list):
-        "One optimizer step on a batch of groups."
-        for group in self.optimizer.param_groups: group["lr"] = group["peak"] * rate(self.step, self.config)
-        r = rewards_of(self.model, self.tokenizer, [row for g in batch for row in g.rows], self.config.dtype)
-        loss = batch_loss(r, batch, self.model.settings, self.config)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable(self.model), self.config.clip)
-        self.optimizer.step(); self.optimizer.zero_grad()
-        self.step, self.losses = self.step + 1, [*self.losses, loss.item()][-100:]
+# %% ../nbs/10_reward_modelling.ipynb #c5a979cb
+@patch
+def train_step(self:RewardTrainer, batch:list):
+    "One optimizer step on a batch of groups."
+    for group in self.optimizer.param_groups: group["lr"] = group["peak"] * rate(self.step, self.config)
+    r = rewards_of(self.model, self.tokenizer, [row for g in batch for row in g.rows], self.config.dtype)
+    loss = batch_loss(r, batch, self.model.settings, self.config)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trainable(self.model), self.config.clip)
+    self.optimizer.step(); self.optimizer.zero_grad()
+    self.step, self.losses = self.step + 1, [*self.losses, loss.item()][-100:]
 
-    def validate(self):
-        "Measure, record, and keep the best weights."
-        record = dict(step=self.step, loss=float(np.mean(self.losses)), seconds=round(self.seconds, 1)) | self.validation(self.model, self.tokenizer, self.config.dtype)
-        record = {k: None if v != v else v for k, v in record.items()}                  # JSON knows no NaN
-        self.history.append(record)
-        (self.folder/"metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in self.history))
-        figures = [-1.0 if record[k] is None else record[k] for k in ("spearman", "spearman_within", "pair_accuracy") if k in record]
-        value = float(np.mean(figures)) if figures else float(self.step)
-        if self.best is None or value > self.best["value"]: self.best, self.stale = dict(value=value, step=self.step, weights=self.weights()), 0
-        else: self.stale += 1
+# %% ../nbs/10_reward_modelling.ipynb #dd3fc819
+@patch
+def validate(self:RewardTrainer):
+    "Measure, record, and keep the best weights."
+    record = dict(step=self.step, loss=float(np.mean(self.losses)), seconds=round(self.seconds, 1)) | self.validation(self.model, self.tokenizer, self.config.dtype)
+    record = {k: None if v != v else v for k, v in record.items()}                  # JSON knows no NaN
+    self.history.append(record)
+    (self.folder/"metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in self.history))
+    figures = [-1.0 if record[k] is None else record[k] for k in ("spearman", "spearman_within", "pair_accuracy") if k in record]
+    value = float(np.mean(figures)) if figures else float(self.step)
+    if self.best is None or value > self.best["value"]: self.best, self.stale = dict(value=value, step=self.step, weights=self.weights()), 0
+    else: self.stale += 1
 
-    def after_step(self, bar):
-        "What is due after a step: validation, a checkpoint, the figures in the progress bar."
-        c = self.config
-        if c.evaluate_every and self.step % c.evaluate_every == 0 or self.step == c.steps: self.validate()
-        if c.checkpoint_every and self.step % c.checkpoint_every == 0: self.save()
-        if self.history: bar.set_postfix({k: f"{v:.3f}" for k, v in self.history[-1].items() if k in ("spearman", "spearman_within", "pair_accuracy") and v is not None})
+# %% ../nbs/10_reward_modelling.ipynb #eb7b5ede
+@patch
+def after_step(self:RewardTrainer, bar):
+    "What is due after a step: validation, a checkpoint, the figures in the progress bar."
+    c = self.config
+    if c.evaluate_every and self.step % c.evaluate_every == 0 or self.step == c.steps: self.validate()
+    if c.checkpoint_every and self.step % c.checkpoint_every == 0: self.save()
+    if self.history: bar.set_postfix({k: f"{v:.3f}" for k, v in self.history[-1].items() if k in ("spearman", "spearman_within", "pair_accuracy") and v is not None})
 
-    def train(self) -> dict:
-        "All steps; gives the record of the weights that are kept, and leaves them in the model."
-        config, source, before = self.config, batches(self.examples, self.config, self.config.seed), time.time() - self.seconds
-        for _ in range(self.step): next(source)
-        self.model.train()
-        for _ in (bar := tqdm(range(self.step, config.steps), initial=self.step, total=config.steps, desc="reward model", mininterval=5)):
-            self.train_step(next(source))
-            self.seconds = time.time() - before
-            self.after_step(bar)
-            if config.patience and self.stale >= config.patience: break
-        if config.keep == "best": self.put(self.best["weights"])
-        return next(r for r in self.history if r["step"] == (self.best["step"] if config.keep == "best" else self.history[-1]["step"]))
+# %% ../nbs/10_reward_modelling.ipynb #29cad47a
+@patch
+def train(self:RewardTrainer) -> dict:
+    "All steps; gives the record of the weights that are kept, and leaves them in the model."
+    config, source, before = self.config, batches(self.examples, self.config, self.config.seed), time.time() - self.seconds
+    for _ in range(self.step): next(source)
+    self.model.train()
+    for _ in (bar := tqdm(range(self.step, config.steps), initial=self.step, total=config.steps, desc="reward model", mininterval=5)):
+        self.train_step(next(source))
+        self.seconds = time.time() - before
+        self.after_step(bar)
+        if config.patience and self.stale >= config.patience: break
+    if config.keep == "best": self.put(self.best["weights"])
+    return next(r for r in self.history if r["step"] == (self.best["step"] if config.keep == "best" else self.history[-1]["step"]))
 
 # %% ../nbs/10_reward_modelling.ipynb #2b3f9f72
 def read_training_data(config) -> tuple:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 import torch, yaml
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 from .core import Interrupted, UserError
 from .sharding import part_of, start_processes, whole_tensors
@@ -234,7 +235,7 @@ def writing(run:RunFolder, step:int):
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
         raise UserError(f"cannot write to {str(run.path)!r} after superbatch {step}: {reason}. What was written is whole; make room and go on with --resume {run.path}") from e
 
-# %% ../nbs/07_runs.ipynb #920fa9d1
+# %% ../nbs/07_runs.ipynb #e4fe417e
 class RunKeeper:
     "What a run leaves in its folder, and takes back from it."
     kept = ("skips", "best", "stale", "stopped")    # what the loop itself remembers in a checkpoint
@@ -245,51 +246,65 @@ class RunKeeper:
         self.tokens = 0                             # sampled so far
         self.evaluation, self.track = None, None    # functions: () -> numbers; (numbers, step) -> None
 
-    def option(self, name:str, default=0):
-        "A setting that not every method has."
-        return getattr(self.config, name, default)
+# %% ../nbs/07_runs.ipynb #a1736435
+@patch
+def option(self:RunKeeper, name:str, default=0):
+    "A setting that not every method has."
+    return getattr(self.config, name, default)
 
-    def write(self, record:dict, samples:list[dict]):
-        "Append to the run folder, and tell the trackers."
-        if not self.processes.first: return
-        if self.run:
-            with writing(self.run, self.step - 1):
-                append_lines(self.run.samples, samples)
-                append_lines(self.run.metrics, [record])
-        self.tell_trackers(record)
+# %% ../nbs/07_runs.ipynb #f0d75190
+@patch
+def write(self:RunKeeper, record:dict, samples:list[dict]):
+    "Append to the run folder, and tell the trackers."
+    if not self.processes.first: return
+    if self.run:
+        with writing(self.run, self.step - 1):
+            append_lines(self.run.samples, samples)
+            append_lines(self.run.metrics, [record])
+    self.tell_trackers(record)
 
-    def tell_trackers(self, numbers:dict):
-        "Report to the trackers; one that fails ends no run."
-        if not (self.track and self.processes.first): return
-        try: self.track(numbers, self.step)
-        except Exception as e:
-            logging.getLogger("superhf").warning(f"trackers are told no more, for one failed at superbatch {self.step}: {e}")
-            self.track = None
+# %% ../nbs/07_runs.ipynb #4eb86b6a
+@patch
+def tell_trackers(self:RunKeeper, numbers:dict):
+    "Report to the trackers; one that fails ends no run."
+    if not (self.track and self.processes.first): return
+    try: self.track(numbers, self.step)
+    except Exception as e:
+        logging.getLogger("superhf").warning(f"trackers are told no more, for one failed at superbatch {self.step}: {e}")
+        self.track = None
 
-    def trained(self):
-        "The module whose trained weights a checkpoint holds."
-        return self.policy
+# %% ../nbs/07_runs.ipynb #f0193bd2
+@patch
+def trained(self:RunKeeper):
+    "The module whose trained weights a checkpoint holds."
+    return self.policy
 
-    def save(self):
-        "Write a checkpoint of everything that the next superbatch depends on."
-        state = self.state() | {k: getattr(self, k) for k in self.kept}
-        tensors = state_tensors(self.trained(), self.optimizer, self.processes.first)
-        if self.processes.first:
-            with writing(self.run, self.step): save_checkpoint(self.run, self.step, lambda folder: write_state(folder, *tensors, state))
-        self.processes.wait()
+# %% ../nbs/07_runs.ipynb #06a52ecd
+@patch
+def save(self:RunKeeper):
+    "Write a checkpoint of everything that the next superbatch depends on."
+    state = self.state() | {k: getattr(self, k) for k in self.kept}
+    tensors = state_tensors(self.trained(), self.optimizer, self.processes.first)
+    if self.processes.first:
+        with writing(self.run, self.step): save_checkpoint(self.run, self.step, lambda folder: write_state(folder, *tensors, state))
+    self.processes.wait()
 
-    def back_to_best(self):
-        "Take the weights of the best checkpoint, unless they are the last."
-        if self.run and self.best and self.best["step"] < self.step: read_state(self.run.checkpoints/f"step-{self.best['step']:06d}", self.trained(), self.optimizer)
+# %% ../nbs/07_runs.ipynb #3b99c1b2
+@patch
+def back_to_best(self:RunKeeper):
+    "Take the weights of the best checkpoint, unless they are the last."
+    if self.run and self.best and self.best["step"] < self.step: read_state(self.run.checkpoints/f"step-{self.best['step']:06d}", self.trained(), self.optimizer)
 
-    def resume(self):
-        "Go back to the newest whole checkpoint, or to the start; records after it are cut off."
-        self.step, folder = resume_point(self.run)
-        if folder: vars(self).update(read_state(folder, self.trained(), self.optimizer))
-        self.processes.wait()
-        if self.processes.first:
-            for path in (self.run.metrics, self.run.samples, self.run.evaluations): rewind(path, self.step)
-        return self
+# %% ../nbs/07_runs.ipynb #c7c9bdce
+@patch
+def resume(self:RunKeeper):
+    "Go back to the newest whole checkpoint, or to the start; records after it are cut off."
+    self.step, folder = resume_point(self.run)
+    if folder: vars(self).update(read_state(folder, self.trained(), self.optimizer))
+    self.processes.wait()
+    if self.processes.first:
+        for path in (self.run.metrics, self.run.samples, self.run.evaluations): rewind(path, self.step)
+    return self
 
 # %% ../nbs/07_runs.ipynb #d0eee2fc
 class RunLoop(RunKeeper):

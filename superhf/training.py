@@ -13,6 +13,7 @@ import math, time
 from dataclasses import dataclass, asdict
 from typing import NamedTuple
 import numpy as np, torch
+from fastcore.basics import patch
 from .core import UserError, opt, check_config
 from .gaming import superbatch_signs
 from .generation import BatchSize, Completion, Sampler, SamplingConfig, sampling_config
@@ -306,7 +307,7 @@ class Ground(RunLoop):
         "What the progress bar says after a superbatch."
         return progress_text(record)
 
-# %% ../nbs/08_training.ipynb #26fb2361
+# %% ../nbs/08_training.ipynb #e7c3bd16
 class SuperHFTrainer(Ground):
     "Trains a policy by SuperHF (section 3.1); every step is a line in the run folder."
     def __init__(self, config:SuperHFConfig, policy, tokenizer,
@@ -323,50 +324,58 @@ class SuperHFTrainer(Ground):
         self.optimizer = make_optimizer(self.policy, config)
         self.shaping = Shaping(config.length_penalty, config.length_formula, config.repeated_penalty, config.unfinished_penalty)
 
-    def superbatch(self, step:int) -> tuple:
-        "Sample, score, select, fine-tune; gives the record and the samples."
-        started, clock, c = time.perf_counter(), Clock(), self.config
-        prompts = self.draw(step)
-        with clock("generate"): completions = sample(self.sampler, prompts, c.superbatch_size*c.prompt_accumulation, c.seed, step, self.processes)
-        with clock("score"): scores, validation = self.score(prompts, completions)
-        chosen = select(scores, completions, c.top_k, c.prompt_accumulation, self.shaping)
-        with clock("finetune"): tuned = self.finetune(prompts, completions, chosen, step)
-        if tuned["skipped"]: chosen = []
-        if c.put_back: self.put_back(prompts, len(completions)//len(prompts), chosen)
-        record = self.record(step, prompts, completions, scores, validation, chosen, tuned)
-        record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory(self.policy.device)}
-        return record, sample_rows(step, prompts, completions, scores, validation, chosen)
+# %% ../nbs/08_training.ipynb #c037a570
+@patch
+def superbatch(self:SuperHFTrainer, step:int) -> tuple:
+    "Sample, score, select, fine-tune; gives the record and the samples."
+    started, clock, c = time.perf_counter(), Clock(), self.config
+    prompts = self.draw(step)
+    with clock("generate"): completions = sample(self.sampler, prompts, c.superbatch_size*c.prompt_accumulation, c.seed, step, self.processes)
+    with clock("score"): scores, validation = self.score(prompts, completions)
+    chosen = select(scores, completions, c.top_k, c.prompt_accumulation, self.shaping)
+    with clock("finetune"): tuned = self.finetune(prompts, completions, chosen, step)
+    if tuned["skipped"]: chosen = []
+    if c.put_back: self.put_back(prompts, len(completions)//len(prompts), chosen)
+    record = self.record(step, prompts, completions, scores, validation, chosen, tuned)
+    record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory(self.policy.device)}
+    return record, sample_rows(step, prompts, completions, scores, validation, chosen)
 
-    def finetune(self, prompts, completions, chosen:list[int], step:int) -> dict:
-        "One optimizer step on the chosen completions, each process with its share of them."
-        if not chosen: return dict(skipped="no completion could be selected: all are empty or without a finite score")
-        each, eos, c = len(completions)//len(prompts), self.tokenizer.eos_token_id, self.config
-        rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(completions[i], eos)) for i in chosen]
-        self.sampler.rest()
-        return_memory()
-        with checkpointing(self.policy, c.gradient_checkpointing):
-            sums = accumulate(self.policy, self.processes.rows(rows), self.batches, self.tokenizer.pad_token_id, len(rows), mixed=multiplies_in_bfloat16(c.mixed_precision, self.policy.device),
-                              reference=self.reference.model(self.policy) if self.reference else None, kl_coef=c.kl_coef, inverse_loss=c.inverse_loss_penalty)
-        self.processes.add_gradients(trainable(self.policy))
-        stats = average(self.processes.sums(sums), len(rows))
-        norm = optimizer_step(self.policy, self.optimizer, learning_rate_at(step, c), c.max_grad_norm, stats["loss"])
-        return stats | dict(grad_norm=norm, skipped=not_finite({"loss": stats["loss"], "gradient's norm": norm}))
+# %% ../nbs/08_training.ipynb #be55e1ab
+@patch
+def finetune(self:SuperHFTrainer, prompts, completions, chosen:list[int], step:int) -> dict:
+    "One optimizer step on the chosen completions, each process with its share of them."
+    if not chosen: return dict(skipped="no completion could be selected: all are empty or without a finite score")
+    each, eos, c = len(completions)//len(prompts), self.tokenizer.eos_token_id, self.config
+    rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(completions[i], eos)) for i in chosen]
+    self.sampler.rest()
+    return_memory()
+    with checkpointing(self.policy, c.gradient_checkpointing):
+        sums = accumulate(self.policy, self.processes.rows(rows), self.batches, self.tokenizer.pad_token_id, len(rows), mixed=multiplies_in_bfloat16(c.mixed_precision, self.policy.device),
+                          reference=self.reference.model(self.policy) if self.reference else None, kl_coef=c.kl_coef, inverse_loss=c.inverse_loss_penalty)
+    self.processes.add_gradients(trainable(self.policy))
+    stats = average(self.processes.sums(sums), len(rows))
+    norm = optimizer_step(self.policy, self.optimizer, learning_rate_at(step, c), c.max_grad_norm, stats["loss"])
+    return stats | dict(grad_norm=norm, skipped=not_finite({"loss": stats["loss"], "gradient's norm": norm}))
 
-    def divergence(self, prompts, completions) -> float|None:
-        "KL from the starting policy per token, on completions that were not trained on; None where it is not measured."
-        if not self.reference: return None
-        each, eos = len(completions)//len(prompts), self.tokenizer.eos_token_id
-        rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(c, eos)) for i, c in enumerate(completions) if c.ids]
-        return mean_kl(self.policy, self.reference.model(self.policy), rows, self.batches, self.tokenizer.pad_token_id)
+# %% ../nbs/08_training.ipynb #e0398950
+@patch
+def record(self:SuperHFTrainer, step, prompts, completions, scores, validation, chosen, tuned) -> dict:
+    "The line of metrics of one superbatch; `GLOSSARY` explains the keys."
+    stats = score_stats(scores)
+    if stats["reward/mean"] is not None: self.ema = ema(self.ema, stats["reward/mean"])
+    self.tokens += sum(len(c.ids) for c in completions)
+    best = lambda s: None if s is None or not chosen else s[chosen[0]].item()
+    watched = dict.fromkeys(("reward_val/mean",)) if validation is None else score_stats(validation, "reward_val")
+    return dict(step=step, source=prompts[0]["source"]) | stats | {"reward/best": best(scores), "reward/ema": self.ema,
+        "reward_val/mean": watched["reward_val/mean"], "reward_val/best": best(validation),
+        "loss": tuned.get("loss"), "kl": tuned.get("kl"), "entropy": tuned.get("entropy"), "grad_norm": tuned.get("grad_norm"),
+        "lr": learning_rate_at(step, self.config)} | sample_stats(completions) | superbatch_signs([c.text for c in completions], scores) | {"selected": len(chosen), "skipped": tuned["skipped"], "tokens/generated": self.tokens}
 
-    def record(self, step, prompts, completions, scores, validation, chosen, tuned) -> dict:
-        "The line of metrics of one superbatch; `GLOSSARY` explains the keys."
-        stats = score_stats(scores)
-        if stats["reward/mean"] is not None: self.ema = ema(self.ema, stats["reward/mean"])
-        self.tokens += sum(len(c.ids) for c in completions)
-        best = lambda s: None if s is None or not chosen else s[chosen[0]].item()
-        watched = dict.fromkeys(("reward_val/mean",)) if validation is None else score_stats(validation, "reward_val")
-        return dict(step=step, source=prompts[0]["source"]) | stats | {"reward/best": best(scores), "reward/ema": self.ema,
-            "reward_val/mean": watched["reward_val/mean"], "reward_val/best": best(validation),
-            "loss": tuned.get("loss"), "kl": tuned.get("kl"), "entropy": tuned.get("entropy"), "grad_norm": tuned.get("grad_norm"),
-            "lr": learning_rate_at(step, self.config)} | sample_stats(completions) | superbatch_signs([c.text for c in completions], scores) | {"selected": len(chosen), "skipped": tuned["skipped"], "tokens/generated": self.tokens}
+# %% ../nbs/08_training.ipynb #ebca31e3
+@patch
+def divergence(self:SuperHFTrainer, prompts, completions) -> float|None:
+    "KL from the starting policy per token, on completions that were not trained on; None where it is not measured."
+    if not self.reference: return None
+    each, eos = len(completions)//len(prompts), self.tokenizer.eos_token_id
+    rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(c, eos)) for i, c in enumerate(completions) if c.ids]
+    return mean_kl(self.policy, self.reference.model(self.policy), rows, self.batches, self.tokenizer.pad_token_id)
