@@ -10,9 +10,8 @@ __all__ = ['Completion', 'StopRule', 'prefill', 'Batch', 'read_prompts', 'forwar
 # %% ../nbs/04_generation.ipynb #c0741247
 from dataclasses import dataclass
 import numpy as np, torch
-from fastcore.basics import patch
 from transformers.cache_utils import Cache
-from .core import UserError, opt
+from .core import UserError, opt, patch
 from .drawing import SamplingConfig, penalize, propose, settle, token_probs, uniforms
 from .inference import RowLayer, SamplingCopy, decoding, fill_holes, for_sampling, sampling_dtype
 

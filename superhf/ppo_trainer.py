@@ -10,8 +10,7 @@ __all__ = ['PPO_GLOSSARY', 'responses', 'step_generator', 'batch_rows', 'make_pp
 import logging, time
 from dataclasses import replace
 import torch
-from fastcore.basics import patch
-from .core import UserError
+from .core import UserError, patch
 from .generation import Completion
 from .models import trainable
 from .ppo import PPOConfig, Rows, check_ppo_config, lay_out, ppo_learning_rate

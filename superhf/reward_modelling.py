@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch.nn import functional as F
-from fastcore.basics import patch
 from tqdm.auto import tqdm
-from .core import UserError, check_config, opt
+from .core import UserError, check_config, opt, patch
 from .inference import multiplies_in_bfloat16
 from .models import pick_device, trainable
 from .reward_models import RewardSettings, check_length, encode_pairs, frame_of, new_reward_model, pad_rows, padded_length, save_reward_model

@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 import torch, yaml
-from fastcore.basics import patch
 from tqdm.auto import tqdm
-from .core import Interrupted, UserError
+from .core import Interrupted, UserError, patch
 from .sharding import part_of, start_processes, whole_tensors
 
 # %% ../nbs/07_runs.ipynb #e294af2b

@@ -13,8 +13,7 @@ import math, time
 from dataclasses import dataclass, asdict
 from typing import NamedTuple
 import numpy as np, torch
-from fastcore.basics import patch
-from .core import UserError, opt, check_config
+from .core import UserError, check_config, opt, patch
 from .gaming import superbatch_signs
 from .generation import BatchSize, Completion, Sampler, SamplingConfig, sampling_config
 from .inference import multiplies_in_bfloat16, sampling_dtype
