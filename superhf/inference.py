@@ -84,7 +84,7 @@ def decoding(model):
     register_attention()
     modes = {m: m.training for m in model.modules()}
     attention = model.config._attn_implementation
-    if attention == "sdpa": model.config._attn_implementation = "superhf"
+    if attention == "sdpa" and getattr(model, "_supports_attention_backend", False): model.config._attn_implementation = "superhf"
     model.eval()
     try:
         with torch.no_grad(): yield model
