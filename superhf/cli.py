@@ -12,8 +12,8 @@ __all__ = ['default_of', 'arguments', 'add_options', 'Command', 'make_parser', '
 import argparse, logging, re, sys, typing, warnings
 from dataclasses import asdict, dataclass, fields, MISSING
 from pathlib import Path
-from .core import Interrupted, UserError, config_from, opt, options_of, tell, type_name, unknown_option
-from .generation import SamplingOptions, load_sampler
+from .core import Interrupted, UserError, config_from, opt, options_of, tell, type_name, unknown_option, writable
+from .generation import SamplingOptions, check_prompts, load_sampler
 
 # %% ../nbs/12_cli.ipynb #3f4b69c2
 def default_of(field):
@@ -138,10 +138,12 @@ def sample_rows_of(prompts:list[dict], completions, n:int) -> list[dict]:
 def best_ones(prompts:list[str], completions, config:SampleConfig) -> list:
     "The best of each run of `best_of` completions."
     from superhf.models import pick_device
-    from superhf.scoring import Scorer
+    from superhf.scoring import Scorer, select_top_k
     scores = Scorer(config.reward_model, device=pick_device(config.device))(prompts, [c.text for c in completions])
-    rank = lambda i: (float(scores[i]) if scores[i].isfinite() else -float("inf"), -i)
-    return [completions[max(range(at, at + config.best_of), key=rank)] for at in range(0, len(completions), config.best_of)]
+    def best(at):
+        group = slice(at, at + config.best_of)
+        return at + (select_top_k(scores[group], [c.text for c in completions[group]]) or [0])[0]
+    return [completions[best(at)] for at in range(0, len(completions), config.best_of)]
 
 # %% ../nbs/12_cli.ipynb #edac1e00
 def sample_command(config:SampleConfig, **_):
@@ -149,8 +151,10 @@ def sample_command(config:SampleConfig, **_):
     from superhf.data import load_prompts
     from superhf.scoring import write_rows
     if not config.output: raise UserError("sample needs --output, a JSON-lines file to write")
+    writable(config.output)
     prompts = load_prompts(config.prompts)
     sampler = load_sampler(config.model, config)
+    check_prompts(sampler, [p["prompt"] for p in prompts])
     each = [p["prompt"] for p in prompts for _ in range(config.n*config.best_of)]
     completions = sampler(each, config.seed, step=0)
     if config.best_of > 1: completions = best_ones(each, completions, config)

@@ -7,10 +7,12 @@ __all__ = ['held_out', 'bootstrap_interval', 'prompt_means', 'compare_row', 'com
            'reward_curve', 'save_figure']
 
 # %% ../nbs/11_evaluation.ipynb #5b225401
-import numpy as np, pandas as pd
+import math
 from pathlib import Path
+import numpy as np, pandas as pd
 from .core import UserError
 from .runs import RunFolder, read_lines
+from .scoring import select_top_k
 
 # %% ../nbs/11_evaluation.ipynb #83310995
 def held_out(sampler,                  # `superhf.generation.Sampler`
@@ -44,6 +46,8 @@ def prompt_means(records:list[dict], key:str) -> pd.Series:
 # %% ../nbs/11_evaluation.ipynb #1073cdf9
 def compare_row(before:pd.Series, after:pd.Series, **labels) -> dict:
     "One row: mean before, after, and their paired difference with its interval over prompts."
+    both = pd.concat([before, after], axis=1).replace([np.inf, -np.inf], np.nan).dropna()     # a prompt without a score on one side says nothing
+    before, after = both.iloc[:, 0], both.iloc[:, 1]
     change = after - before
     low, high = bootstrap_interval(change)
     return labels | dict(prompts=len(change), before=before.mean(), after=after.mean(), change=change.mean(), low=low, high=high)
@@ -64,11 +68,12 @@ def best_of_n(records:list[dict], # of `held_out`, with at least n completions o
               n:int,
               by:str="reward"     # the reward that chooses
              ) -> list[dict]:
-    "The best of the first `n` completions of every prompt, one record each."
+    "The best of the first `n` completions of every prompt, one record each, chosen as the method chooses: no empty one, none without a score, where there is another."
     groups = {}
     for r in records: groups.setdefault((r["source"], r["prompt"]), []).append(r)
     if any(len(g) < n for g in groups.values()): raise UserError(f"best of {n} needs {n} completions of every prompt, and there are only {min(map(len, groups.values()))}")
-    return [max(g[:n], key=lambda r: r[by]) for g in groups.values()]
+    def best(g): return g[(select_top_k([math.nan if r[by] is None else r[by] for r in g], [r["completion"] for r in g]) or [0])[0]]
+    return [best(g[:n]) for g in groups.values()]
 
 # %% ../nbs/11_evaluation.ipynb #65db961f
 def side_by_side(before:list[dict], after:list[dict], n:int=3) -> list[dict]:

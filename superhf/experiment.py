@@ -169,6 +169,7 @@ def write_whole(path:Path, records:list[dict], processes):
 def run_method(Trainer, config, preset=None, resume=None):
     "A training run of either method on its run folder, with held-out prompts sampled before and after."
     from superhf.data import load_prompts
+    from superhf.generation import check_prompts
     from superhf.models import load_policy
     from superhf.runs import RunFolder, writing
     from superhf.sharding import start_processes
@@ -180,6 +181,7 @@ def run_method(Trainer, config, preset=None, resume=None):
     rewards = load_rewards(config)
     policy, tokenizer = load_policy(config.model, config.dtype, config.device, config.trust_remote_code)
     trainer = Trainer(config, policy, tokenizer, rewards["reward"], prompts, rewards.get("validation"), RunFolder(resume or config.output_dir))
+    check_prompts(trainer.sampler, [p["prompt"] for p in prompts + kept])
     run = open_run(resume or config.output_dir, config, preset, resume, processes)
     if resume: trainer.resume()
     if kept: trainer.evaluation = lambda: evaluate_kept(trainer, rewards, kept)
@@ -196,8 +198,8 @@ def watch_for_gaming(run, metrics:list[dict], reward) -> str:
     import json
     from superhf.evaluation import save_figure
     from superhf.gaming import gaming_report, gaming_text, plot_best_of_k, plot_over_optimisation
-    from superhf.runs import read_lines
-    report = gaming_report(read_lines(run.samples), metrics, read_lines(run.evaluations), reward)
+    from superhf.runs import read_lines, read_samples
+    report = gaming_report(read_samples(run), metrics, read_lines(run.evaluations), reward)
     plain = {k: v.to_dict("records") if isinstance(v, pd.DataFrame) else v for k, v in report.items()}
     (run.path/"gaming.json").write_text(json.dumps(plain, indent=1, default=float))
     if len(report["best_of_k"]): save_figure(plot_best_of_k(report["best_of_k"]), run.figures/"best_of_k.png")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import UserError
 from .gaming import best_of_k, winning_phrases, words
-from .runs import RunFolder, read_lines
+from .runs import RunFolder, read_lines, read_samples
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 DASHES = ["-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))]
@@ -49,7 +49,7 @@ def table_of(path, file:str="metrics", needs:tuple=()) -> pd.DataFrame:
     "Metrics, samples or evaluations of a run as a table; a run without any, or without a column that is needed, is refused."
     run = RunFolder(path)
     run.read_config()
-    records = read_lines(getattr(run, file))
+    records = read_samples(run) if file == "samples" else read_lines(getattr(run, file))
     if not records: raise UserError(f"{str(path)!r} has no {file} yet")
     missing = [c for c in needs if c not in records[0]]
     if missing: raise UserError(f"the {file} of {str(path)!r} have no {', '.join(missing)}")
@@ -82,10 +82,10 @@ def reward_figure(paths, ax=None, label:str="SuperHF", colour:str=COLOURS[0]):
 def runs_figure(paths, column:str="reward/ema", ax=None):
     "One line per run (Figure 3)."
     if column.startswith("reward/"): check_same_reward(paths)
-    ax = new_axes(ax, xlabel="superbatch", ylabel="reward, moving average" if column == "reward/ema" else column)
+    ax, names = new_axes(ax, xlabel="superbatch", ylabel="reward, moving average" if column == "reward/ema" else column), [Path(p).name for p in paths]
     for i, p in enumerate(paths):
         t = table_of(p, needs=(column,))
-        ax.plot(t.step, t[column], color=COLOURS[i % 7], linestyle=DASHES[i // 7 % 7] if len(paths) > 7 else DASHES[i % 7], linewidth=1.5, label=Path(p).name)
+        ax.plot(t.step, t[column], color=COLOURS[i % 7], linestyle=DASHES[i // 7 % 7] if len(paths) > 7 else DASHES[i % 7], linewidth=1.5, label=Path(p).name if names.count(Path(p).name) == 1 else str(p))
     ax.legend(frameon=False, fontsize=8, ncols=1 + len(paths)//6)
     return ax
 
@@ -135,6 +135,7 @@ def thirds(t:pd.DataFrame) -> pd.DataFrame:
 def source_figure(path, ax=None):
     "Mean reward by source in the first and the last third of a run."
     t = table_of(path, "samples", needs=("source", "score")).dropna(subset=["score"])
+    if t.empty: raise UserError(f"{str(path)!r} has no scored samples yet")
     t = thirds(t.groupby(["step", "source"], as_index=False).score.mean())       # a superbatch of several prompts may have several sources
     groups = t.groupby(["part", "source"], observed=True).score.agg(["mean", "sem"])
     sources = sorted(t.source.unique())
@@ -152,7 +153,7 @@ def length_figure(path, ax=None, most:int=4000):
     chosen, t = t[t.selected.astype(bool)], t.sample(min(most, len(t)), random_state=0)
     ax = new_axes(ax, xlabel="length of the completion (characters)", ylabel="score")
     ax.plot(t.completion.str.len(), t.score, ".", color="0.6", markersize=3, alpha=0.5, label="samples")
-    ax.plot(chosen.completion.str.len(), chosen.score, "o", color=COLOURS[1], markersize=3, fillstyle="none", label="selected")
+    if len(chosen): ax.plot(chosen.completion.str.len(), chosen.score, "o", color=COLOURS[1], markersize=3, fillstyle="none", label="selected")
     ax.legend(frameon=False, fontsize=8)
     return ax
 
@@ -181,7 +182,8 @@ def run_figures(path, folder=None) -> list[Path]:
     import matplotlib.pyplot as plt
     from superhf.evaluation import save_figure
     folder, files = Path(folder or RunFolder(path).figures), []
-    draws = dict(reward=lambda: reward_figure([path]), over_kl=lambda: over_kl_figure(path), best_of_k=lambda: best_of_k_figure([path]), reward_by_source=lambda: source_figure(path), length=lambda: length_figure(path), phrases=lambda: winning_phrase_figure(path))
+    method = "PPO" if "ppo_epochs" in RunFolder(path).read_config()["config"] else "SuperHF"
+    draws = dict(reward=lambda: reward_figure([path], label=method), over_kl=lambda: over_kl_figure(path), best_of_k=lambda: best_of_k_figure([path]), reward_by_source=lambda: source_figure(path), length=lambda: length_figure(path), phrases=lambda: winning_phrase_figure(path))
     for name, draw in draws.items():
         try: ax = draw()
         except UserError: continue

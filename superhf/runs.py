@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['plain', 'append_lines', 'read_lines', 'rewind', 'versions', 'hardware', 'git_commit', 'peak_memory', 'return_memory',
-           'RunFolder', 'sync', 'sizes', 'is_whole', 'best_of', 'save_checkpoint', 'resume_point', 'state_tensors',
-           'write_state', 'read_state', 'interrupts', 'writing', 'RunKeeper', 'RunLoop']
+           'RunFolder', 'read_samples', 'sync', 'sizes', 'is_whole', 'best_of', 'save_checkpoint', 'resume_point',
+           'state_tensors', 'write_state', 'read_state', 'interrupts', 'writing', 'RunKeeper', 'RunLoop']
 
 # %% ../nbs/07_runs.ipynb #47c7ba49
 import ctypes, json, logging, math, os, platform, resource, shutil, signal, subprocess, sys, threading
@@ -122,6 +122,12 @@ class RunFolder:
         "What `create` wrote; a folder that is not a run is refused."
         if not self.config.exists(): raise UserError(f"{str(self.path)!r} is not a run: it has no config.yaml")
         return yaml.safe_load(self.config.read_text())
+
+# %% ../nbs/07_runs.ipynb #8efd7c0d
+def read_samples(run:RunFolder) -> list[dict]:
+    "The samples of a run, with `selected` where its method chose among them; PPO trains on every answer and selects none."
+    ppo = "ppo_epochs" in run.read_config()["config"]
+    return [dict(r, selected=not ppo and bool(r.get("selected"))) for r in read_lines(run.samples)]
 
 # %% ../nbs/07_runs.ipynb #da4f47b4
 def sync(folder:Path):
