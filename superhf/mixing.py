@@ -16,7 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from .core import UserError, check_config, opt
 from .data import (PAPER_SOURCES, SOURCES, add_ids, clean, count_duplicates, drop_duplicates, extract, leaks,
-                          load_prompts, shuffled, split_prompts, subset, tally)
+                          load_prompts, normalize, shuffled, split_prompts, subset, tally)
 from .reading import Reader, beside, quiet
 
 # %% ../nbs/01_mixing.ipynb #d82ef981
@@ -190,8 +190,8 @@ def screen(rows, config:DataConfig, report:MixReport) -> list[dict]:
     in_test, repeats = tally(shared), count_duplicates(rows)
     for s, c in report.counts.items(): c.update(repeats.get(s, dict(inside=0, across=0)), in_test=in_test[s])
     if not config.drop_duplicates: return rows
-    shared_ids = {r["id"] for r in shared}
-    return drop_duplicates([r for r in rows if r["id"] not in shared_ids])
+    held = {normalize(r["prompt"]) for r in shared}      # ids of several files may be the same
+    return drop_duplicates([r for r in rows if normalize(r["prompt"]) not in held])
 
 # %% ../nbs/01_mixing.ipynb #d5373ba0
 def to_dataset(rows):
@@ -207,9 +207,12 @@ def build_mix(config:DataConfig) -> tuple:
     rows = screen(gather(config, report), config, report)
     pools = [[r for r in rows if r["spec"] == spec] for spec in config.sources]
     weights = config.weights or ([1] * len(pools) if config.mix == "equal" else None)
+    for spec, pool, weight in zip(config.sources, pools, weights or [0] * len(pools)):
+        if weight and not pool: raise UserError(f"no prompt of {spec} is left to be mixed; take it out of sources, or look at max_characters and test_prompts")
     mixed = mix(pools, weights, config.limit, config.seed)
     if config.limit and len(mixed) < config.limit: report.notes.append(f"{config.limit:,} prompts were asked for, the sources hold {len(mixed):,}")
     train, test = split_prompts(mixed, config.test_share, config.seed)
+    if not train: raise UserError(f"no prompt is left for training: {len(rows):,} of the sources can be used, and test_share is {config.test_share}")
     for s, c in report.counts.items(): c.update(mixed=tally(train)[s], test=tally(test)[s])
     if test: report.test = to_dataset(test); report.notes.append(f"{len(test):,} prompts are held out; {len(leaks(train, test))} prompts are on both sides")
     return to_dataset(train), report

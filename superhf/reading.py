@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['raw_lines', 'is_utf8', 'json_fault', 'csv_fault', 'file_kind', 'find_fault', 'quiet', 'load', 'column_values',
-           'dataset_rows', 'faults_in', 'checked_rows', 'read_file', 'pick_split', 'mirror_files', 'hub_errors',
-           'Reader', 'beside']
+           'as_text', 'dataset_rows', 'faults_in', 'checked_rows', 'read_file', 'pick_split', 'mirror_files',
+           'hub_errors', 'Reader', 'beside']
 
 # %% ../nbs/00_reading.ipynb #0eee233e
-import contextlib, csv, gzip, io, json, logging, os, tempfile, zlib
+import contextlib, csv, glob, gzip, io, json, logging, os, tempfile, zlib
 from pathlib import Path
 from .core import UserError
 
@@ -118,6 +118,13 @@ def column_values(table,      # a pyarrow table
     if pa.types.is_nested(values.type): raise UserError(f"{where}:1: column {column!r} holds {values.type}, not text")
     return [v if v is None or isinstance(v, str) else str(v) for v in values.to_pylist()]
 
+# %% ../nbs/00_reading.ipynb #dc4b1477
+def as_text(value:str|None) -> str|None:
+    "A value that is written as JSON, as a text; what is no text stays as it is written."
+    if value is None: return None
+    found = json.loads(value)
+    return found if found is None or isinstance(found, str) else value
+
 # %% ../nbs/00_reading.ipynb #7c68008e
 def dataset_rows(dataset,      # a datasets.Dataset
                  columns:list, # its text columns
@@ -125,9 +132,11 @@ def dataset_rows(dataset,      # a datasets.Dataset
                 ):
     "Yield a tuple of values for every row of a dataset, a thousand rows at a time in memory."
     for c in columns: column_values(dataset.data.table.slice(0, 0), c, where)
+    mixed = {c for c in columns if type(dataset.features.get(c)).__name__ == "Json"}     # texts beside other values are kept as JSON
+    values = lambda table, c: map(as_text, column_values(table, c, where)) if c in mixed else column_values(table, c, where)
     for table in dataset.with_format("arrow").iter(batch_size=1000):
         table.validate(full=True)
-        yield from zip(*(column_values(table, c, where) for c in columns))
+        yield from zip(*(values(table, c) for c in columns))
 
 # %% ../nbs/00_reading.ipynb #e500c187
 @contextlib.contextmanager
@@ -164,11 +173,11 @@ def read_file(path,            # JSONL, JSON, CSV, Parquet or text file, gzipped
     "Yield a dict of `column` and the `extra` columns for every row of a file."
     if not (kind := file_kind(path)): raise UserError(f"{path}: unknown kind of file; use .jsonl, .csv, .parquet or .txt")
     if not Path(path).is_file(): raise UserError(f"{path}: no such file")
-    options = dict(keep_default_na=False, converters={column: str}) if kind == "csv" else {}
+    options = dict(keep_default_na=False, converters={c: str for c in (column, *extra)}) if kind == "csv" else dict(encoding="utf-8-sig") if kind == "text" else {}
     inside = "text" if kind == "text" else column
     with tempfile.TemporaryDirectory() as cache, faults_in([path], inside, path):
         if kind == "csv": find_fault(path, column)
-        dataset = load(kind, data_files=str(path), split="train", cache_dir=cache, **options)
+        dataset = load(kind, data_files=glob.escape(str(path)), split="train", cache_dir=cache, **options)
         columns = [column] + [c for c in extra if c in dataset.column_names and c != column]
         for values in checked_rows(dataset, [inside] + columns[1:], [path], path): yield dict(zip(columns, values))
 

@@ -8,7 +8,7 @@ __all__ = ['split_dialogue', 'first_question', 'prompt_share', 'Pair', 'read_tab
            'length_bias', 'longer_is_worse', 'agreement', 'finite_scores', 'score_pairs', 'judge']
 
 # %% ../nbs/10_reward_judging.ipynb #f757f728
-import hashlib, math
+import hashlib, math, zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ def read_table(path, *columns) -> pd.DataFrame:
     path = Path(path)
     if not path.is_file(): raise UserError(f"file {str(path)!r} does not exist")
     try: table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_json(path, lines=True, dtype=False, convert_dates=False)
-    except (ValueError, OSError, EOFError) as e: raise UserError(f"cannot read {str(path)!r}: {e}") from e
+    except (ValueError, OSError, EOFError, zlib.error) as e: raise UserError(f"cannot read {str(path)!r}: {e}") from e
     missing = [c for c in columns if c not in table.columns]
     if missing: raise UserError(f"{path} has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, table.columns))}")
     return table

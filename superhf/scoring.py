@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from .core import UserError, check_config, opt
+from .core import UserError, check_config, opt, writable
 from .generation import BatchSize, is_out_of_memory
 from .models import pick_device
 from .reward_models import load_reward_model
@@ -213,7 +213,7 @@ class ScoreConfig:
 # %% ../nbs/06_scoring.ipynb #ee66f12a
 def read_rows(path) -> list[dict]:
     "The lines of a JSON-lines file, each with `prompt` and `completion` as texts; `UserError` naming the first line that is not so."
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try: lines = Path(path).read_text(encoding="utf-8-sig").split("\n")     # JSON may hold U+2028 and its like
     except (OSError, UnicodeDecodeError) as e: raise UserError(f"cannot read {str(path)!r}: {e}") from e
     rows = []
     for number, line in enumerate(lines, 1):
@@ -222,6 +222,7 @@ def read_rows(path) -> list[dict]:
         except ValueError as e: raise UserError(f"{path}, line {number}: not JSON: {e}") from e
         for key in ("prompt", "completion"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str): raise UserError(f"{path}, line {number}: needs a text {key!r}")
+            if row[key].encode(errors="ignore").decode() != row[key]: raise UserError(f"{path}, line {number}: {key!r} holds half of a surrogate pair, which is no letter")
         rows.append(row)
     return rows
 
@@ -242,6 +243,7 @@ def score_file(config:ScoreConfig) -> dict:
     check_config(config)
     if not config.input or not config.output: raise UserError("score needs --input and --output")
     rows = read_rows(config.input)
+    writable(config.output)
     shaping = Shaping(config.length_penalty, "log", config.repetition_penalty, config.unfinished_penalty)
     scorer = Scorer(config.reward_model.split(","), config.combine, shaping=shaping, batch_size=config.scoring_batch_size, device=pick_device(config.device), dtype=config.dtype)
     scores = scorer([r["prompt"] for r in rows], [r["completion"] for r in rows], [bool(r.get("ended", True)) for r in rows])

@@ -11,7 +11,7 @@ __all__ = ['TASKS', 'TABLE_4', 'LOCAL', 'SHOWN', 'LocalData', 'task_names', 'pla
            'differences_as', 'evaluate_command']
 
 # %% ../nbs/11d_tasks.ipynb #93de18be
-import gzip, hashlib, importlib.util, json, math, os, re, string, tempfile, time
+import gzip, hashlib, importlib.util, json, math, os, re, string, tempfile, time, zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,8 +85,11 @@ def row_fault(task:str, row) -> str:
     data = LOCAL[task]
     missing = [f for f in data.fields if not isinstance(row, dict) or row.get(f) is None]
     if missing: return f"needs {', '.join(missing)}"
+    kinds = dict(label=int, answers=dict, target_scores=dict)
+    wrong = [f"{f} as {kinds.get(f, str).__name__}" for f in data.fields if not isinstance(row[f], kinds.get(f, str))]
+    if wrong: return f"needs {', '.join(wrong)}"
     if data.labels and row["label"] not in range(data.labels): return f"needs a label from 0 to {data.labels - 1}, got {row['label']!r}"
-    if task == "squad" and not row["answers"].get("text"): return "needs at least one answer"
+    if task == "squad" and not (isinstance(row["answers"].get("text"), list) and row["answers"]["text"]): return "needs a list of at least one answer"
     if "target_scores" in row and list(row["target_scores"].values()).count(1) != 1: return "needs exactly one answer with score 1"
     return ""
 
@@ -96,10 +99,11 @@ def local_rows(task:str, data_dir) -> tuple[Path, list[dict]]:
     data = LOCAL[task]
     path = next((p for f in data.files if (p := Path(data_dir)/f).exists()), None)
     if path is None: raise UserError(f"task {task!r} needs {' or '.join(data.files)} in {str(data_dir)!r}; without --data-dir it is taken from the hub")
-    try: lines = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8").read().splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as e: raise UserError(f"{path} cannot be read: {e}") from e
+    try: lines = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n").read().split("\n")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e: raise UserError(f"{path} cannot be read: {e}") from e
     rows = []
     for i, line in enumerate(lines, 1):
+        if not line.strip(): continue
         try: rows.append(json.loads(line))
         except json.JSONDecodeError as e: raise UserError(f"{path}, line {i}: not JSON: {e}") from e
         if (fault := row_fault(task, rows[-1])): raise UserError(f"{path}, line {i}: task {task!r} {fault}")
