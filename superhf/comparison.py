@@ -16,7 +16,7 @@ from .core import UserError, opt, tell, writable
 from .evaluation import best_of_n, bootstrap_interval, held_out, prompt_means
 from .generation import SamplingOptions, load_sampler
 from .paper_tables import FRIDGE_PROMPT, fridge_table
-from .runs import RunFolder, read_lines
+from .runs import RunFolder, plain, read_lines
 from .statistics import holm, signed_ranks
 
 # %% ../nbs/11e_comparison.ipynb #d941548d
@@ -227,6 +227,7 @@ def compare_command(config:CompareConfig, **_):
 
 # %% ../nbs/11e_comparison.ipynb #b6fb8e09
 def write_comparison(path:str, found:dict):
-    "Everything as JSON."
-    plain = lambda v: v.to_dict("records") if isinstance(v, pd.DataFrame) else {k: plain(x) for k, x in v.items()} if isinstance(v, dict) else v
-    Path(path).write_text(json.dumps(plain(found), indent=1))
+    "Everything as JSON; what is not finite becomes null."
+    records = lambda v: v.to_dict("records") if isinstance(v, pd.DataFrame) else {k: records(x) for k, x in v.items()} if isinstance(v, dict) else v
+    found = found | dict(fridge_spearman={part: t.attrs["spearman"] for part, t in found["fridge"].items()})
+    Path(path).write_text(json.dumps(plain(records(found)), indent=1, allow_nan=False))

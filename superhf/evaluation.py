@@ -7,7 +7,7 @@ __all__ = ['held_out', 'bootstrap_interval', 'prompt_means', 'compare_row', 'com
            'reward_curve', 'save_figure']
 
 # %% ../nbs/11_evaluation.ipynb #5b225401
-import math
+import itertools, math
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import UserError
@@ -82,7 +82,7 @@ def side_by_side(before:list[dict], after:list[dict], n:int=3) -> list[dict]:
     b, a = first(before), first(after)
     by_source = {}
     for p in dict.fromkeys(r["prompt"] for r in before): by_source.setdefault(b[p]["source"], []).append(p)
-    turn = [p for group in zip(*by_source.values()) for p in group] or list(b)
+    turn = [p for group in itertools.zip_longest(*by_source.values()) for p in group if p is not None]
     return [dict(source=b[p]["source"], prompt=p, before=b[p]["completion"], after=a[p]["completion"]) for p in turn[:n]]
 
 # %% ../nbs/11_evaluation.ipynb #dbd3a609

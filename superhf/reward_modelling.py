@@ -156,7 +156,7 @@ def rewards_of(model, tokenizer, rows:list, dtype:str) -> torch.Tensor:
 
 # %% ../nbs/10_reward_modelling.ipynb #c7b54a17
 def add_adapters(model, rank:int, alpha:float):
-    "LoRA on every linear layer of the backbone; the frozen weights are kept in bfloat16, the adapters in float32."
+    "LoRA on every linear layer of the backbone."
     from peft import LoraConfig, get_peft_model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft calls a name that transformers has renamed
@@ -255,7 +255,8 @@ class Student:
     def load(self):
         "Go back to the last checkpoint; where there is none, start."
         if not (self.folder/"checkpoint.pt").exists(): return self.start()
-        state = torch.load(self.folder/"checkpoint.pt", weights_only=True, map_location=self.config.device)
+        try: state = torch.load(self.folder/"checkpoint.pt", weights_only=True, map_location=self.config.device)
+        except Exception as e: raise UserError(f"{self.folder}/checkpoint.pt is damaged ({type(e).__name__}); start anew without resume") from e     # torch fails in many ways
         changed = [k for k, v in asdict(self.config).items() if k not in self.may_change and state["config"].get(k) != v]
         if changed: raise UserError(f"cannot resume {str(self.folder)!r} with another {', '.join(changed)}; the run has " + ", ".join(f"{k} {state['config'].get(k)!r}" for k in changed))
         self.put(state.pop("weights"))
@@ -277,6 +278,7 @@ def train_step(self:RewardTrainer, batch:list):
     for group in self.optimizer.param_groups: group["lr"] = group["peak"] * rate(self.step, self.config)
     r = rewards_of(self.model, self.tokenizer, [row for g in batch for row in g.rows], self.config.dtype)
     loss = batch_loss(r, batch, self.model.settings, self.config)
+    if not torch.isfinite(loss): raise UserError(f"the loss is {loss.item()} at step {self.step + 1}; start anew with a lower learning_rate, or more warmup_steps")
     loss.backward()
     torch.nn.utils.clip_grad_norm_(trainable(self.model), self.config.clip)
     self.optimizer.step(); self.optimizer.zero_grad()
@@ -316,6 +318,7 @@ def train(self:RewardTrainer) -> dict:
         self.seconds = time.time() - before
         self.after_step(bar)
         if config.patience and self.stale >= config.patience: break
+    if not self.history or self.history[-1]["step"] < self.step: self.validate()      # a training that went on had nothing left to do
     if config.keep == "best": self.put(self.best["weights"])
     return next(r for r in self.history if r["step"] == (self.best["step"] if config.keep == "best" else self.history[-1]["step"]))
 
@@ -338,7 +341,9 @@ def train_reward(config:RewardTrainingConfig) -> dict:
     "Train a reward model and write it to `output_dir`; the report that is also stored beside it."
     config = settle(config)
     (scored, valid), (pairs, valid_pairs), report = read_training_data(config)
-    if not len(scored) and not pairs: raise UserError(f"nothing to train on: give scores, pairs, or both, with prompts whose hash is in [{config.train_low}, {config.train_high})")
+    if not len(scored) and not pairs:
+        found = "; found " + ", ".join(f"{n} {what}" for what, n in report.items() if n) if any(report.values()) else ""
+        raise UserError(f"nothing to train on: give scores, pairs, or both, with prompts whose hash is in [{config.train_low}, {config.train_high}){found}")
     model, tokenizer, encode = new_student(config, scored.score)
     examples = Examples(encode, scored, pairs, report)
     trainer = RewardTrainer(config, model, tokenizer, examples, Validation(encode, some_of_each(valid, config.validation_rows), valid_pairs))

@@ -6,17 +6,19 @@
 __all__ = ['PADDED_TO', 'KNOWN_INPUT', 'ENCODERS', 'RewardSettings', 'Frame', 'pair_frame', 'template_frame', 'fit',
            'encode_pairs', 'padded_length', 'length_groups', 'pad_rows', 'pool', 'width_of', 'RewardModel',
            'encoder_path', 'quietly', 'without_dropout', 'load_backbone', 'new_reward_model', 'save_adapter',
-           'save_reward_model', 'read_settings', 'read_reward_model', 'room_of', 'check_length', 'TextReward',
-           'frame_of', 'text_reward', 'load_scalar_head', 'input_kind', 'encode_texts', 'ClassifierScore',
+           'save_reward_model', 'read_settings', 'whole_folder', 'read_reward_model', 'room_of', 'check_length',
+           'TextReward', 'frame_of', 'text_reward', 'load_scalar_head', 'input_kind', 'encode_texts', 'ClassifierScore',
            'read_classifier', 'load_classifier', 'FunctionReward', 'import_function', 'demo_folder',
            'load_reward_model']
 
 # %% ../nbs/05_reward_models.ipynb #8789ed97
 import importlib, json, math, re, shutil, sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 import torch
 from torch import nn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -215,10 +217,19 @@ def save_reward_model(model:RewardModel, tokenizer, folder):
 # %% ../nbs/05_reward_models.ipynb #3bf74cd7
 def read_settings(folder) -> RewardSettings:
     "The settings in a folder's `reward_config.json`; unknown keys are an error."
-    values = json.loads((Path(folder)/"reward_config.json").read_text())
+    try: values = json.loads((Path(folder)/"reward_config.json").read_text())
+    except (OSError, ValueError) as e: raise UserError(f"{folder}/reward_config.json cannot be read: {e}") from e
     known = {f.name for f in fields(RewardSettings)}
     if (wrong := sorted(set(values) - known)): raise UserError(f"{folder}/reward_config.json has unknown keys: {', '.join(wrong)}")
+    if values.get("pooling", "mean") not in ("mean", "last"): raise UserError(f"{folder}/reward_config.json: pooling must be mean or last, got {values['pooling']!r}")
     return RewardSettings(**values)
+
+# %% ../nbs/05_reward_models.ipynb #e0da49c2
+@contextmanager
+def whole_folder(folder):
+    "For reading a reward model's files: one line about one that is missing, torn or of another model."
+    try: yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e: raise UserError(f"the reward model in {str(folder)!r} is not whole: {str(e).splitlines()[0]}") from e
 
 # %% ../nbs/05_reward_models.ipynb #bd34496f
 def read_reward_model(folder, dtype=torch.float32):
@@ -228,9 +239,9 @@ def read_reward_model(folder, dtype=torch.float32):
     backbone, tokenizer = load_backbone(str(folder/"backbone") if (folder/"backbone").exists() else settings.encoder)
     if (folder/"adapter").exists():
         from peft import PeftModel
-        backbone = PeftModel.from_pretrained(backbone, folder/"adapter").merge_and_unload()
+        with whole_folder(folder): backbone = PeftModel.from_pretrained(backbone, folder/"adapter").merge_and_unload()
     model = RewardModel(backbone.to(dtype), settings)
-    model.head.load_state_dict({k: v.float() for k, v in load_file(folder/"head.safetensors").items()})
+    with whole_folder(folder): model.head.load_state_dict({k: v.float() for k, v in load_file(folder/"head.safetensors").items()})
     return model.eval().requires_grad_(False), tokenizer
 
 # %% ../nbs/05_reward_models.ipynb #eefb1094
@@ -378,7 +389,7 @@ def import_function(name:str) -> FunctionReward:
     module, _, attribute = name.partition(":")
     if "" not in sys.path: sys.path.insert(0, "")
     try: function = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as e: raise UserError(f"reward function {name!r}: {e}") from e
+    except (ModuleNotFoundError, ValueError) as e: raise UserError(f"reward function {name!r}: {e}") from e
     except AttributeError as e: raise UserError(f"reward function {name!r}: module {module!r} has no {attribute!r}") from e
     if not callable(function): raise UserError(f"reward function {name!r} is not callable")
     return FunctionReward(function, name)
