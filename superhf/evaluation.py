@@ -13,6 +13,7 @@ import numpy as np, pandas as pd
 from .core import UserError
 from .runs import RunFolder, read_lines
 from .scoring import select_top_k
+from .statistics import t_quantile
 
 # %% ../nbs/11_evaluation.ipynb #83310995
 def held_out(sampler,                  # `superhf.generation.Sampler`
@@ -33,8 +34,12 @@ def held_out(sampler,                  # `superhf.generation.Sampler`
 def bootstrap_interval(values,           # one number per prompt
                        level:float=0.95, # of the interval
                        draws:int=2000, seed:int=0) -> tuple:
-    "Percentile bootstrap interval of the mean."
+    "Interval of the mean: percentile bootstrap, Student's t below 20 values, NaN below 2."
     values = np.asarray(values, float)
+    if len(values) < 2: return math.nan, math.nan
+    if len(values) < 20:
+        half = t_quantile(level, len(values) - 1)*values.std(ddof=1)/math.sqrt(len(values))
+        return values.mean() - half, values.mean() + half
     means = np.random.default_rng(seed).choice(values, (draws, len(values))).mean(1)
     return tuple(np.quantile(means, [(1 - level)/2, (1 + level)/2]))
 
