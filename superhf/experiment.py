@@ -198,10 +198,10 @@ def watch_for_gaming(run, metrics:list[dict], reward) -> str:
     import json
     from superhf.evaluation import save_figure
     from superhf.gaming import gaming_report, gaming_text, plot_best_of_k, plot_over_optimisation
-    from superhf.runs import read_lines, read_samples
+    from superhf.runs import plain, read_lines, read_samples
     report = gaming_report(read_samples(run), metrics, read_lines(run.evaluations), reward)
-    plain = {k: v.to_dict("records") if isinstance(v, pd.DataFrame) else v for k, v in report.items()}
-    (run.path/"gaming.json").write_text(json.dumps(plain, indent=1, default=float))
+    records = {k: v.to_dict("records") if isinstance(v, pd.DataFrame) else v for k, v in report.items()}
+    (run.path/"gaming.json").write_text(json.dumps(plain(json.loads(json.dumps(records, default=float))), indent=1, allow_nan=False))
     if len(report["best_of_k"]): save_figure(plot_best_of_k(report["best_of_k"]), run.figures/"best_of_k.png")
     if len(report["over_optimisation"]): save_figure(plot_over_optimisation(report["over_optimisation"]), run.figures/"over_optimisation.png")
     return gaming_text(report)

@@ -117,6 +117,15 @@ def test_an_outlier_stays_in_its_chart(browser, tmp_path):
     at = browser.ask("[...document.querySelectorAll('#curves circle')].map(c => Number(c.getAttribute('cy')))")
     assert len(at) >= 4500 and 0 <= min(at) and max(at) <= 200
 
+def test_numbers_are_told_apart(browser, tmp_path):
+    run = make_run(tmp_path/"numbers", 20, 1)
+    records = [json.loads(line) | {"reward/mean": 250 + i/25, "reward/ema": 250 + i/25} for i, line in enumerate(run.metrics.read_text().splitlines())]
+    run.metrics.write_text("".join(json.dumps(r) + "\n" for r in records))
+    browser.open(write(tmp_path/"numbers.html", run.path))
+    ticks = browser.ask("[...document.querySelector('#curves svg').querySelectorAll('text[text-anchor=end]')].map(t => t.textContent)")
+    assert len(ticks) > 2 and len(set(ticks)) == len(ticks)
+    assert browser.ask("[number(1234), number(1234.567), number(0.12345), number(null)].join(' ')") == "1234 1230 0.123 –"
+
 def test_nothing_is_selected_in_ppo(browser, tmp_path):
     run = make_run(tmp_path/"ppo", 6, 8, PPOConfig)
     browser.open(write(tmp_path/"ppo.html", run.path))

@@ -13,7 +13,8 @@ function make(tag, attributes = {}, ...children) {
   return node;
 }
 
-const number = (x, digits = 3) => x === null || x === undefined ? "–" : Number(x.toPrecision(digits)).toString();
+// counts in full, anything else to a few digits
+const number = (x, digits = 3) => x === null || x === undefined ? "–" : String(Number.isInteger(x) ? x : Number(x.toPrecision(digits)));
 
 function table(columns, rows) {
   const cell = x => typeof x === "number" ? make("td", {class: "number"}, number(x)) : make("td", {}, x ?? "–");
@@ -50,7 +51,7 @@ function chart(title, caption, lines, xLabel = "superbatch") {
   const box = svg("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${title} over ${xLabel}`});
   for (const y of ticks(y0, y1)) {
     box.append(svg("line", {x1: left, x2: W - right, y1: Y(y), y2: Y(y), stroke: "currentColor", "stroke-opacity": 0.12}));
-    box.append(svg("text", {x: left - 6, y: Y(y) + 4, "text-anchor": "end"}, number(y)));
+    box.append(svg("text", {x: left - 6, y: Y(y) + 4, "text-anchor": "end"}, number(y, 6)));
   }
   for (const x of ticks(x0, x1)) box.append(svg("text", {x: X(x), y: H - bottom + 15, "text-anchor": "middle"}, number(x, 6)));
   box.append(svg("text", {x: (left + W - right)/2, y: H - 4, "text-anchor": "middle"}, xLabel));
