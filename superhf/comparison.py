@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import UserError, opt, tell, writable
 from .evaluation import best_of_n, bootstrap_interval, held_out, prompt_means
-from .generation import SamplingOptions, load_sampler
+from .generation import SamplingOptions, check_prompts, load_sampler
 from .paper_tables import FRIDGE_PROMPT, fridge_table
 from .runs import RunFolder, plain, read_lines
 from .statistics import holm, signed_ranks, wilson
@@ -141,6 +141,7 @@ def remarks_of(c:CompareConfig, models:list[str]) -> list[str]:
 def answers_of(c:CompareConfig, name:str, format:str, prompts:list[dict], rewards:dict, n:int) -> tuple[list[dict], float]:
     "Scored answers of one policy, and the seconds that sampling alone took."
     sampler, seconds = load_sampler(name, c, format), []
+    check_prompts(sampler, [p["prompt"] for p in prompts])
     def timed(*args, **kwargs):
         start = time.perf_counter()
         try: return sampler(*args, **kwargs)

@@ -101,9 +101,10 @@ def model_card(config, changes:pd.DataFrame|None=None, prompts:dict|None=None) -
     return text + f"## Options\n\n```yaml\n{yaml.safe_dump(asdict(config), sort_keys=False)}```\n"
 
 # %% ../nbs/11b_experiment.ipynb #bcb6fda4
-def markdown_table(table:pd.DataFrame) -> str:
+def markdown_table(table:pd.DataFrame, number:str=".3f" # how numbers are written
+                  ) -> str:
     "A table as Markdown."
-    cell = lambda x: f"{x:.3f}" if isinstance(x, float) else str(x)
+    cell = lambda x: format(x, number) if isinstance(x, float) else str(x).replace("|", "\\|")
     lines = [table.columns, ["---"]*len(table.columns), *table.itertuples(index=False)]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 

@@ -16,6 +16,7 @@ import torch
 from .core import UserError, check_config, opt, writable
 from .generation import BatchSize, is_out_of_memory
 from .models import pick_device
+from .reading import is_utf8
 from .reward_models import load_reward_model
 
 # %% ../nbs/06_scoring.ipynb #754ab45a
@@ -222,7 +223,7 @@ def read_rows(path) -> list[dict]:
         except ValueError as e: raise UserError(f"{path}, line {number}: not JSON: {e}") from e
         for key in ("prompt", "completion"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str): raise UserError(f"{path}, line {number}: needs a text {key!r}")
-            if row[key].encode(errors="ignore").decode() != row[key]: raise UserError(f"{path}, line {number}: {key!r} holds half of a surrogate pair, which is no letter")
+            if not is_utf8(row[key]): raise UserError(f"{path}, line {number}: {key!r} holds half of a surrogate pair, which is no letter")
         rows.append(row)
     return rows
 

@@ -7,8 +7,8 @@ __all__ = ['TASKS', 'TABLE_4', 'LOCAL', 'SHOWN', 'LocalData', 'task_names', 'pla
            'pair_docs', 'row_fault', 'local_rows', 'hub_form', 'task_config', 'need_lm_eval', 'as_lm', 'check_answers',
            'run_task', 'prompt_of_sample', 'with_interval', 'weights_mark', 'EvaluateConfig', 'question', 'data_mark',
            'task_version', 'read_results', 'write_results', 'sort_results', 'evaluate', 'load_lm', 'shown_metrics',
-           'results_frame', 'cell_text', 'results_table', 'markdown_table', 'table_as', 'latex_table', 'differences',
-           'differences_as', 'evaluate_command']
+           'results_frame', 'cell_text', 'results_table', 'table_as', 'latex_table', 'differences', 'differences_as',
+           'evaluate_command']
 
 # %% ../nbs/11d_tasks.ipynb #93de18be
 import gzip, hashlib, importlib.util, json, math, os, re, string, tempfile, time, zlib
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import UserError, opt, tell, writable
+from .experiment import markdown_table
 from .statistics import holm, mean_interval, paired_p, wilson
 
 # %% ../nbs/11d_tasks.ipynb #4932d35a
@@ -310,13 +311,6 @@ def results_table(frame:pd.DataFrame, latex:bool=False) -> pd.DataFrame:
     cells = frame.assign(cell=[cell_text(r, latex) for r in frame.itertuples()])
     return cells.pivot(index="model", columns="task", values="cell").loc[list(dict.fromkeys(frame.model)), list(dict.fromkeys(frame.task))]
 
-# %% ../nbs/11d_tasks.ipynb #3ea0cb51
-def markdown_table(table:pd.DataFrame) -> str:
-    "The columns of a table in Markdown's pipes; numbers with three digits."
-    text = lambda v: f"{v:.3g}" if isinstance(v, float) else str(v).replace("|", "\\|")
-    lines = [list(table.columns), ["---"]*len(table.columns), *table.values.tolist()]
-    return "\n".join("| " + " | ".join(map(text, line)) + " |" for line in lines) + "\n"
-
 # %% ../nbs/11d_tasks.ipynb #6f478407
 def table_as(frame:pd.DataFrame, how:str="text") -> str:
     "The table as text, Markdown, CSV (one line per cell, all digits) or LaTeX."
@@ -324,7 +318,7 @@ def table_as(frame:pd.DataFrame, how:str="text") -> str:
     table = results_table(frame, how == "latex")
     if how == "text": return table.to_string() + "\n"
     if how == "latex": return latex_table(table)
-    return markdown_table(table.reset_index())
+    return markdown_table(table.reset_index()) + "\n"
 
 # %% ../nbs/11d_tasks.ipynb #7e261f10
 def latex_table(table:pd.DataFrame) -> str:
@@ -350,7 +344,7 @@ def differences(results:list[dict]) -> pd.DataFrame:
 def differences_as(table:pd.DataFrame, how:str="text") -> str:
     "The paired comparisons below a table of results, with what they are; nothing below CSV and LaTeX."
     if not len(table) or how not in ("text", "markdown"): return ""
-    return "\nPaired differences (McNemar; Wilcoxon for F1), corrected by Holm for their number:\n\n" + (markdown_table(table) if how == "markdown" else table.to_string(index=False, float_format=lambda x: f"{x:.3g}") + "\n")
+    return "\nPaired differences (McNemar; Wilcoxon for F1), corrected by Holm for their number:\n\n" + (markdown_table(table, ".3g") if how == "markdown" else table.to_string(index=False, float_format=lambda x: f"{x:.3g}")) + "\n"
 
 # %% ../nbs/11d_tasks.ipynb #ad1c7846
 def evaluate_command(config:EvaluateConfig, **_):
