@@ -104,7 +104,7 @@ def model_card(config, changes:pd.DataFrame|None=None, prompts:dict|None=None) -
 def markdown_table(table:pd.DataFrame, number:str=".3f" # how numbers are written
                   ) -> str:
     "A table as Markdown."
-    cell = lambda x: format(x, number) if isinstance(x, float) else str(x).replace("|", "\\|")
+    cell = lambda x: str(x).replace("|", "\\|") if not isinstance(x, float) else "–" if x != x else format(x, number)
     lines = [table.columns, ["---"]*len(table.columns), *table.itertuples(index=False)]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
