@@ -127,6 +127,7 @@ class SampleConfig(SamplingOptions):
     n: int = opt(16, "completions per prompt", low=1)
     best_of: int = opt(1, "every completion is the best of this many, as the reward model sees it: best-of-n, the baseline without training", low=1)
     reward_model: str = opt("demo", "reward model for best_of: hub id, folder, demo, or module:function")
+    reward_dtype: str = opt("auto", "number format of the reward models: auto takes bfloat16 for those of ours where it is native", choices=["auto", "float32", "bfloat16"])
     output: str = opt("", "JSON-lines file to write")
 
 # %% ../nbs/12_cli.ipynb #3bcc053e
@@ -139,7 +140,7 @@ def best_ones(prompts:list[str], completions, config:SampleConfig) -> list:
     "The best of each run of `best_of` completions."
     from superhf.models import pick_device
     from superhf.scoring import Scorer, select_top_k
-    scores = Scorer(config.reward_model, device=pick_device(config.device))(prompts, [c.text for c in completions])
+    scores = Scorer(config.reward_model, device=pick_device(config.device), dtype=config.reward_dtype)(prompts, [c.text for c in completions])
     def best(at):
         group = slice(at, at + config.best_of)
         return at + (select_top_k(scores[group], [c.text for c in completions[group]]) or [0])[0]

@@ -83,6 +83,7 @@ class CompareConfig(SamplingOptions):
     prompt_format: str = opt("auto", "auto (that of the run that made a policy), paper (section 5.1), chat (the tokenizer's template), or a text with {prompt}; the same for all unless auto")
     seed: int = opt(0, "decides the prompts and every completion", low=0)
     scoring_batch_size: int = opt(32, "completions scored at once (Table 2)", low=1)
+    reward_dtype: str = opt("auto", "number format of the reward models: auto takes bfloat16 for those of ours where it is native", choices=["auto", "float32", "bfloat16"])
 
 # %% ../nbs/11e_comparison.ipynb #c7e238c8
 def spread(prompts:list[dict], limit:int, seed:int) -> list[dict]:
@@ -169,7 +170,7 @@ def scorers_of(c:CompareConfig) -> dict:
     from superhf.models import pick_device
     from superhf.scoring import Scorer
     names = dict(reward=c.reward_model, validation=c.validation_reward_model)
-    return {part: Scorer(name, batch_size=c.scoring_batch_size, device=pick_device(c.device)) for part, name in names.items() if name}
+    return {part: Scorer(name, batch_size=c.scoring_batch_size, device=pick_device(c.device), dtype=c.reward_dtype) for part, name in names.items() if name}
 
 # %% ../nbs/11e_comparison.ipynb #28507073
 def all_answers(c:CompareConfig,

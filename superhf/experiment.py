@@ -32,7 +32,7 @@ def load_rewards(config) -> dict:
     "The reward model and, when there is one, the validation reward model; by their names in tables."
     from superhf.models import pick_device
     from superhf.scoring import Scorer
-    load = lambda name: Scorer(name, batch_size=config.scoring_batch_size, device=pick_device(config.device))
+    load = lambda name: Scorer(name, batch_size=config.scoring_batch_size, device=pick_device(config.device), dtype=config.reward_dtype)
     rewards = dict(reward=load(config.reward_model))
     if config.validation_reward_model: rewards["validation"] = load(config.validation_reward_model)
     return rewards

@@ -207,6 +207,7 @@ class PPOConfig:
     lora_rank: int = opt(0, "rank of LoRA adapters; 0 trains all weights", low=0)
     dtype: str = opt("float32", "number format of the trained weights", choices=["float32", "bfloat16"])
     sampling_dtype: str = opt("auto", "number format to sample in: auto takes bfloat16 where it is native", choices=["auto", "policy", "float32", "bfloat16", "float16"])
+    reward_dtype: str = opt("auto", "number format of the reward models: auto takes bfloat16 for those of ours where it is native", choices=["auto", "float32", "bfloat16"])
     mixed_precision: str = opt("no", "number format of matrix products in training (no: that of the weights; auto: bfloat16 where it is native)", choices=["no", "bf16", "auto"])
     device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
     checkpoint_every: int = opt(20, "PPO steps between checkpoints; 0 is off", low=0)

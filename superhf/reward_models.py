@@ -7,8 +7,8 @@ __all__ = ['PADDED_TO', 'KNOWN_INPUT', 'ENCODERS', 'RewardSettings', 'Frame', 'p
            'encode_pairs', 'padded_length', 'length_groups', 'pad_rows', 'pool', 'width_of', 'RewardModel',
            'encoder_path', 'quietly', 'without_dropout', 'load_backbone', 'new_reward_model', 'save_adapter',
            'save_reward_model', 'read_settings', 'whole_folder', 'read_reward_model', 'room_of', 'check_length',
-           'TextReward', 'frame_of', 'text_reward', 'load_scalar_head', 'input_kind', 'encode_texts', 'ClassifierScore',
-           'read_classifier', 'load_classifier', 'FunctionReward', 'import_function', 'demo_folder',
+           'TextReward', 'frame_of', 'text_reward', 'reward_dtype', 'load_scalar_head', 'input_kind', 'encode_texts',
+           'ClassifierScore', 'read_classifier', 'load_classifier', 'FunctionReward', 'import_function', 'demo_folder',
            'load_reward_model']
 
 # %% ../nbs/05_reward_models.ipynb #8789ed97
@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.utils import logging as hf_logging
 from .core import UserError
 from .generation import BatchSize
+from .inference import native_bfloat16
 from .models import as_dtype, package_file
 
 # %% ../nbs/05_reward_models.ipynb #9aa8a967
@@ -303,10 +304,16 @@ def text_reward(model:RewardModel, tokenizer, name:str, batch_size:int=32) -> Te
     encode = lambda prompts, completions: encode_pairs(tokenizer, frame, prompts, completions, s.max_length)
     return TextReward(model, tokenizer, encode, name, batch_size)
 
+# %% ../nbs/05_reward_models.ipynb #213dbd95
+def reward_dtype(name:str, # `auto`, `float32` or `bfloat16`
+                 device) -> torch.dtype:
+    "The number format in which a reward model of ours scores: with `auto` bfloat16 where the device multiplies it natively."
+    return as_dtype(dict(auto="bfloat16" if native_bfloat16(device) else "float32").get(name, name))
+
 # %% ../nbs/05_reward_models.ipynb #46a466af
-def load_scalar_head(folder, name:str, device="cpu", dtype="float32", batch_size:int=32, max_length:int|None=None) -> TextReward:
+def load_scalar_head(folder, name:str, device="cpu", dtype="auto", batch_size:int=32, max_length:int|None=None) -> TextReward:
     "A reward model of ours from its folder."
-    model, tokenizer = read_reward_model(folder, as_dtype(dtype))
+    model, tokenizer = read_reward_model(folder, reward_dtype(dtype, device))
     if max_length: model.settings.max_length = max_length
     return text_reward(model.to(device), tokenizer, name, batch_size)
 
@@ -347,7 +354,7 @@ class ClassifierScore(nn.Module):
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
 # %% ../nbs/05_reward_models.ipynb #ec4ba1f3
-def read_classifier(name:str, dtype:str):
+def read_classifier(name:str, dtype:str="float32"):
     "A sequence classifier and its tokenizer; `UserError` where there is none, or where it has no trained head of one or two outputs."
     try:
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
@@ -363,9 +370,9 @@ def read_classifier(name:str, dtype:str):
     return model.eval().requires_grad_(False), tokenizer
 
 # %% ../nbs/05_reward_models.ipynb #c61e0980
-def load_classifier(name:str, device="cpu", dtype="float32", batch_size:int=32, max_length:int|None=None) -> TextReward:
-    "A hub id or a folder of a sequence classifier as a reward model."
-    model, tokenizer = read_classifier(name, dtype)
+def load_classifier(name:str, device="cpu", dtype="auto", batch_size:int=32, max_length:int|None=None) -> TextReward:
+    "A hub id or a folder of a sequence classifier as a reward model; `auto` is float32 here, the format in which it gives its makers' scores."
+    model, tokenizer = read_classifier(name, "float32" if dtype == "auto" else dtype)
     limits = [tokenizer.model_max_length, room_of(model.config) or 2048, 2048]
     length = max_length or min(limits)
     kind = input_kind(name, model.config.model_type, bool(tokenizer.chat_template))
@@ -402,7 +409,7 @@ def demo_folder(name:str) -> Path:
 # %% ../nbs/05_reward_models.ipynb #e386cd73
 def load_reward_model(name,                  # "demo", "demo-heldout", a folder, a hub id, "module:function", or a callable
                       device="cpu",          # torch device of the network
-                      dtype:str="float32",   # number format of the backbone: float32 or bfloat16
+                      dtype:str="auto",      # number format of the backbone: float32, bfloat16, or auto: bfloat16 for models of ours where it is native
                       batch_size:int=32,     # rows in a batch (Table 2: 32)
                       max_length:int|None=None):  # tokens of prompt and completion; None = what the model was made for
     "A callable `(prompts, completions) -> scores` with a `name`."

@@ -208,7 +208,7 @@ class ScoreConfig:
     repetition_penalty: float = opt(0.0, "times the share of repeated word triples is taken from the score", low=0)
     unfinished_penalty: float = opt(0.0, "taken from completions that were cut at the token limit", low=0)
     scoring_batch_size: int = opt(32, "completions in a batch (Table 2)", low=1)
-    dtype: str = opt("float32", "number format of the reward model", choices=["float32", "bfloat16"])
+    dtype: str = opt("auto", "number format of the reward model: auto takes bfloat16 for those of ours where it is native", choices=["auto", "float32", "bfloat16"])
     device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
 
 # %% ../nbs/06_scoring.ipynb #ee66f12a

@@ -66,6 +66,7 @@ class SuperHFConfig:
     dtype: str = opt("float32", "number format of the trained weights (Table 2: FP32)", choices=["float32", "bfloat16"])
     mixed_precision: str = opt("no", "number format of the passes while fine-tuning: no keeps dtype (Table 2: No), bf16 multiplies in bfloat16, auto does so where it is native", choices=["no", "bf16", "auto"])
     sampling_dtype: str = opt("auto", "number format to sample in: auto takes bfloat16 where it is native", choices=["auto", "policy", "float32", "bfloat16", "float16"])
+    reward_dtype: str = opt("auto", "number format of the reward models: auto takes bfloat16 for those of ours where it is native", choices=["auto", "float32", "bfloat16"])
     gradient_checkpointing: bool = opt(False, "compute activations again in the backward pass instead of keeping them")
     device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
     measure_kl: bool = opt(True, "keep the starting policy beside and record the KL divergence from it")
