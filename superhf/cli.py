@@ -80,7 +80,7 @@ def parse(command:Command, argv:list[str]) -> tuple:
         asked = parser.parse_args(argv)
         name = asked.preset if command.presets else None
         resume = asked.resume if command.resumes else None
-        parser.set_defaults(**(run_config(resume) if resume else command.presets.get(name, {})))
+        parser.set_defaults(**(run_config(resume, command.config) if resume else command.presets.get(name, {})))
         asked = parser.parse_args(argv)
     except (argparse.ArgumentError, TypeError) as e: raise UserError(say(e, command.config)) from e
     values = {f.name: getattr(asked, f.name) for f in fields(command.config) if hasattr(asked, f.name)}
@@ -89,10 +89,14 @@ def parse(command:Command, argv:list[str]) -> tuple:
     return config, name, resume
 
 # %% ../nbs/12_cli.ipynb #e382dcd7
-def run_config(path:str) -> dict:
+def run_config(path:str, cls=None # the config class that must know them all
+              ) -> dict:
     "The options of an existing run."
     from superhf.runs import RunFolder
-    return RunFolder(path).read_config()["config"]
+    found = RunFolder(path).read_config()["config"]
+    strange = [name for name in found if cls and name not in {f.name for f in fields(cls)}]
+    if strange: raise UserError(f"{path!r} is no run of this command, which has no option {strange[0]!r}; try superhf {'ppo' if 'ppo_epochs' in found else 'train'} --resume {path}")
+    return found
 
 # %% ../nbs/12_cli.ipynb #cb07b4be
 def refuse_changes(path:str, values:dict):
@@ -123,7 +127,7 @@ def ppo_command(config, preset=None, resume=None):
 class SampleConfig(SamplingOptions):
     "Options of `superhf sample`."
     model: str = opt("demo", "policy: hub id, folder, or demo")
-    prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, or demo")
+    prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, paper (the four of Table 1), or demo")
     n: int = opt(16, "completions per prompt", low=1)
     best_of: int = opt(1, "every completion is the best of this many, as the reward model sees it: best-of-n, the baseline without training", low=1)
     reward_model: str = opt("demo", "reward model for best_of: hub id, folder, demo, or module:function")
@@ -259,7 +263,7 @@ def main(argv:list[str]|None=None) -> int:
         sys.stderr.write(f"superhf: error: {e}\n")
         return 2
     except (Interrupted, KeyboardInterrupt) as e:
-        sys.stderr.write(f"superhf: {e or 'stopped; a run goes on with --resume'}\n")
+        sys.stderr.write(f"superhf: {str(e) or 'stopped; a run goes on with --resume'}\n")
         return 130
     return 0
 

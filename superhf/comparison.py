@@ -74,7 +74,7 @@ class CompareConfig(SamplingOptions):
     model: list[str] = opt(["demo"], "policies: hub ids, folders, or demo; the first is the base")
     reward_model: str = opt("demo", "reward model: hub id, folder, demo, or module:function")
     validation_reward_model: str = opt("demo-heldout", "a second one that no policy was trained on; empty for none")
-    prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, or demo")
+    prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, paper (the four of Table 1), or demo")
     limit: int = opt(200, "prompts, spread evenly over the sources; 0 takes all", low=0)
     n: int = opt(1, "completions per prompt", low=1)
     best_of: int = opt(0, "also best-of-n of the base with this many completions, chosen by the reward model; 0 leaves it out", low=0)

@@ -83,6 +83,7 @@ def limit_broken(value, meta:dict) -> str:
     if meta.get("choices") is not None and value not in meta["choices"]: return "one of " + ", ".join(map(str, meta["choices"]))
     if value is None or not isinstance(value, (int, float)): return ""
     if value != value: return "a number, not NaN"
+    if isinstance(value, int) and abs(value) >= 2**63: return "a whole number of 64 bits"
     if meta.get("low") is not None and value < meta["low"]: return f"at least {meta['low']}"
     if meta.get("above") is not None and value <= meta["above"]: return f"more than {meta['above']}"
     if meta.get("high") is not None and value > meta["high"]: return f"at most {meta['high']}"

@@ -254,12 +254,13 @@ def leaks(train, test) -> list[dict]:
     return [r for r in train if normalize(r["prompt"]) in held]
 
 # %% ../nbs/01_data.ipynb #9458fbb1
-def load_prompts(spec:str,                  # "demo", a file, a registered source, or owner/name on the hub
+def load_prompts(spec:str,                  # "demo", "paper" (the four sources of Table 1), a file, a registered source, or owner/name on the hub
                  prompt_column:str="prompt",# the prompt column of a file or of a hub dataset
                  data_dir=None,             # folder laid out like the hub; None reads from the hub
                  max_characters:int=1024    # longest prompt that is kept (section 4.1)
                 ) -> list[dict]:
     "Clean rows of `id`, `source` and `prompt`, in the order of their source."
-    rows = add_ids(clean(extract(spec, Reader(data_dir), prompt_column)[0], max_characters)[0])
+    read, specs = Reader(data_dir), PAPER_SOURCES if spec == "paper" else [spec]
+    rows = add_ids([row for s in specs for row in clean(extract(s, read, prompt_column)[0], max_characters)[0]])
     if not rows: raise UserError(f"{spec}: no prompt is left; all are empty or longer than {max_characters} characters")
     return rows

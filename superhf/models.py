@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'DEMO_POLICY', 'TINY', 'SHAPES', 'as_dtype', 'pick_device', 'package_file', 'cache_dir', 'write_beside',
-           'convert_gguf', 'demo_policy_dir', 'model_source', 'from_source', 'load_tokenizer', 'load_policy',
-           'number_tokenizer', 'random_shape', 'random_policy', 'add_lora', 'trainable']
+           'convert_gguf', 'demo_policy_dir', 'model_source', 'from_source', 'load_tokenizer', 'read_policy',
+           'load_policy', 'number_tokenizer', 'random_shape', 'random_policy', 'add_lora', 'trainable']
 
 # %% ../nbs/03_models.ipynb #c59d97d4
 import importlib.util, os, shutil, tempfile
@@ -53,9 +53,10 @@ def write_beside(folder:Path, write):
     "Call `write(temporary folder)` and rename the result to `folder`; a reader sees all of it or nothing."
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    new = beside/folder.name        # in a temporary folder, which is its owner's alone, one that others may read
     try:
-        write(beside)
-        if not folder.exists(): beside.rename(folder)
+        new.mkdir(); write(new)
+        if not folder.exists(): new.rename(folder)
     except OSError:
         if not folder.exists(): raise
     finally: shutil.rmtree(beside, ignore_errors=True)
@@ -115,6 +116,14 @@ def load_tokenizer(name:str, trust_remote_code:bool=False):
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
+# %% ../nbs/03_models.ipynb #0d03ce0e
+def read_policy(source:str, name:str, **kwargs):
+    "The causal language model of a folder or hub id; of a folder with adapters alone, the base model with the adapters merged in."
+    from transformers import AutoModelForCausalLM
+    if not (Path(source)/"adapter_config.json").exists() or (Path(source)/"config.json").exists(): return from_source(AutoModelForCausalLM, source, name, **kwargs)
+    from peft import AutoPeftModelForCausalLM
+    return from_source(AutoPeftModelForCausalLM, source, name, **kwargs).merge_and_unload().requires_grad_()
+
 # %% ../nbs/03_models.ipynb #f6315045
 def load_policy(name:str="demo",              # hub id, folder, or `demo`
                 dtype:str="float32",          # number format of the weights
@@ -122,10 +131,9 @@ def load_policy(name:str="demo",              # hub id, folder, or `demo`
                 trust_remote_code:bool=False, # run Python code that the model brings along
                 **kwargs):                    # passed to `from_pretrained`
     "A causal language model in eval mode, and its tokenizer."
-    from transformers import AutoModelForCausalLM
     device, torch_dtype, source = pick_device(device), as_dtype(dtype), model_source(name)
     tokenizer = load_tokenizer(name, trust_remote_code)
-    model = from_source(AutoModelForCausalLM, source, name, dtype=torch_dtype, trust_remote_code=trust_remote_code, **kwargs)
+    model = read_policy(source, name, dtype=torch_dtype, trust_remote_code=trust_remote_code, **kwargs)
     return model.to(device).eval(), tokenizer
 
 # %% ../nbs/03_models.ipynb #f8e181de
@@ -166,11 +174,14 @@ def random_policy(name:str, dtype:str="float32", device="cpu"):
     return model, number_tokenizer(model.config.vocab_size)
 
 # %% ../nbs/03_models.ipynb #100ee948
-def add_lora(model, rank:int=8, alpha:float|None=None, dropout:float=0.0):
+def add_lora(model, rank:int=8, alpha:float|None=None, dropout:float=0.0,
+             seed:int=0): # of the adapters' random start: the same in every process, and in a run begun again
     "The model with LoRA adapters on all its linear layers; only they are trained."
     from peft import LoraConfig, get_peft_model
     config = LoraConfig(r=rank, lora_alpha=alpha or 2*rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config).eval()
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config).eval()
 
 # %% ../nbs/03_models.ipynb #c63db8d2
 def trainable(model) -> list[torch.nn.Parameter]:

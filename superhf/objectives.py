@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['target_ids', 'collate', 'mean_per_row', 'completion_logps', 'spread_rows', 'row_losses', 'row_entropy', 'row_kl',
            'penalized', 'backward_pass', 'sparse_rows', 'accumulate', 'make_optimizer', 'optimizer_step', 'Reference',
-           'mean_kl', 'checkpointing']
+           'mean_kl', 'at_rest', 'checkpointing']
 
 # %% ../nbs/08a_objectives.ipynb #a56f4094
 import math
@@ -71,8 +71,8 @@ def penalized(losses:torch.Tensor,   # [rows]
               inverse_loss:float=0.0 # weight of 1/loss
              ) -> torch.Tensor:
     "What is minimized for each row [rows]."
-    if kl_coef: losses = losses + kl_coef*kl
-    return losses + inverse_loss/losses if inverse_loss else losses
+    inverse = inverse_loss/losses if inverse_loss else 0.0
+    return losses + (kl_coef*kl if kl_coef else 0.0) + inverse
 
 # %% ../nbs/08a_objectives.ipynb #250ce181
 def backward_pass(model, rows:list[tuple],  # (prompt ids, target ids)
@@ -156,6 +156,17 @@ def mean_kl(policy, reference, rows:list[tuple], batch:BatchSize, pad:int) -> fl
         return row_kl(completion_logps(policy, ids, attention, targets), completion_logps(reference, ids, attention, targets), targets).tolist()
     return sum(batch.run(work, rows))/len(rows)
 
+# %% ../nbs/08a_objectives.ipynb #9680251a
+def at_rest(layer, checkpoint):
+    "The function `checkpoint` by which a layer is computed and computed again; the layer is in eval mode for that time."
+    def checkpointed(compute, *args, **kwargs):
+        def resting(*inputs, **more):
+            layer.training = False
+            try: return compute(*inputs, **more)
+            finally: layer.training = True
+        return checkpoint(resting, *args, **kwargs)
+    return checkpointed
+
 # %% ../nbs/08a_objectives.ipynb #d622ab53
 @contextmanager
 def checkpointing(model, on:bool=True):
@@ -163,8 +174,9 @@ def checkpointing(model, on:bool=True):
     if not on: yield; return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    for m in layers: m.training = True
+    plain = [m._gradient_checkpointing_func for m in layers]
+    for m, f in zip(layers, plain): m.training, m._gradient_checkpointing_func = True, at_rest(m, f)
     try: yield
     finally:
-        for m in layers: m.training = False
+        for m, f in zip(layers, plain): m.training, m._gradient_checkpointing_func = False, f
         model.gradient_checkpointing_disable()

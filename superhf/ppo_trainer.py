@@ -186,7 +186,8 @@ def divergence(self:PPOTrainer, prompts, completions) -> float|None:
     prompt_ids, response_ids, _ = responses(each, completions, self.format, self.tokenizer, self.config)
     rows = batch_rows(prompt_ids, response_ids, [0.0]*len(completions), self.tokenizer, self.policy.device)
     roll = roll_out(self.model, self.reference, rows, 0.0, self.config)
-    return ((roll.logprobs - roll.ref_logprobs)*rows.mask).sum().item()/rows.mask.sum().item()
+    tokens = rows.mask.sum().item()
+    return ((roll.logprobs - roll.ref_logprobs)*rows.mask).sum().item()/tokens if tokens else None
 
 # %% ../nbs/09d_ppo_trainer.ipynb #2c89c4cb
 @patch

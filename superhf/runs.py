@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain', 'append_lines', 'read_lines', 'rewind', 'versions', 'hardware', 'git_commit', 'peak_memory', 'return_memory',
            'RunFolder', 'read_samples', 'sync', 'sizes', 'is_whole', 'best_of', 'save_checkpoint', 'resume_point',
-           'state_tensors', 'write_state', 'read_state', 'interrupts', 'writing', 'RunKeeper', 'RunLoop']
+           'state_tensors', 'write_state', 'read_state', 'interrupts', 'writing', 'RunKeeper', 'is_finished', 'RunLoop']
 
 # %% ../nbs/07_runs.ipynb #47c7ba49
 import ctypes, json, logging, math, os, platform, resource, shutil, signal, subprocess, sys, threading
@@ -51,8 +51,10 @@ def rewind(path:Path, step:int):
     if not path.exists(): return
     end = 0
     with open(path, "rb+") as f:
-        for line in f:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step: break
+        for i, line in enumerate(f, 1):
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step: break
+            except ValueError as e: raise UserError(f"{path}, line {i} is damaged: {e}") from e
             end += len(line)
         f.truncate(end)
 
@@ -311,6 +313,15 @@ def resume(self:RunKeeper):
         for path in (self.run.metrics, self.run.samples, self.run.evaluations): rewind(path, self.step)
     return self
 
+# %% ../nbs/07_runs.ipynb #f82eee1c
+def is_finished(run:RunFolder, superbatches:int) -> bool:
+    "Whether a run has nothing left to do: its model is there, and its records reach the end, or its last checkpoint says why they stop before."
+    if not (run.model/"README.md").exists(): return False
+    lines = read_lines(run.metrics)
+    if lines and lines[-1]["step"] >= superbatches: return True
+    _, folder = resume_point(run)
+    return folder is not None and bool(json.loads((folder/"state.json").read_text()).get("stopped"))
+
 # %% ../nbs/07_runs.ipynb #d0eee2fc
 class RunLoop(RunKeeper):
     "Runs `superbatch(step)` for all steps that are left, and keeps the run folder."
@@ -335,8 +346,9 @@ class RunLoop(RunKeeper):
         if self.evaluation and self.option("evaluate_every") and self.step % self.config.evaluate_every == 0: self.evaluate()
         budget = self.option("max_tokens")
         if budget and self.tokens >= budget and not self.stopped: self.stopped = f"{self.tokens} tokens are sampled, and max_tokens is {budget}"
-        due = self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0 or self.best and self.best["step"] == self.step
-        if self.run and (end or self.stopped or due and self.step < self.config.superbatches): self.save()
+        last, every = self.step == self.config.superbatches, self.config.checkpoint_every
+        due = every and (last or self.step % every == 0) or self.best and self.best["step"] == self.step and not last
+        if self.run and (end or self.stopped or due): self.save()
         if end and self.step < self.config.superbatches: raise Interrupted(f"stopped after superbatch {self.step}" + (f"; go on with --resume {self.run.path}" if self.run else ""))
         limit = self.option("max_skipped")
         if limit and self.skips >= limit: raise UserError(f"{self.skips} superbatches in a row changed nothing, the last because {record['skipped']}")

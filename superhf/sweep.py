@@ -44,7 +44,10 @@ def check_parts(path:str, asked:dict):
     for key, (kind, name) in kinds.items():
         if key in asked and not isinstance(asked[key], kind): raise UserError(f"{path}: {key} must be {name}, got {asked[key]!r}")
     for name, values in asked.get("grid", {}).items():
-        if not isinstance(values, list): raise UserError(f"{path}: grid: {name} must be a list of values, got {values!r}")
+        if not isinstance(values, list) or not values: raise UserError(f"{path}: grid: {name} must be a list of values, got {values!r}")
+    if asked.get("seeds") == []: raise UserError(f"{path}: seeds is empty; leave it out, or give at least one")
+    for name, values in asked.get("random", {}).items():
+        if values == []: raise UserError(f"{path}: random: {name} is an empty list")
     for part in (asked.get("fixed", {}), asked.get("grid", {}), asked.get("random", {}), *asked.get("runs", [])):
         if not isinstance(part, dict): raise UserError(f"{path}: runs must be a list of mappings, got {part!r}")
         for name, key in (("seed", "seeds"), ("output_dir", "output_dir")):
@@ -129,7 +132,7 @@ def state_of(run:dict) -> str:
     folder = RunFolder(run["folder"])
     if not folder.config.exists(): return "new"
     was = folder.read_config()["config"]
-    if any(was.get(k) != v for k, v in asdict(run["config"]).items() if k != "output_dir"): return "other"
+    if any(k in was and was[k] != v for k, v in asdict(run["config"]).items() if k != "output_dir"): return "other"
     return "finished" if (folder.model/"README.md").exists() else "begun"
 
 # %% ../nbs/13_sweep.ipynb #202ddfc1
@@ -153,7 +156,7 @@ def row_of(run:dict, error:str) -> dict:
     "One line of the table: settings, seed, how it ended, and what it reached."
     metrics, evaluations = (read_lines(run["folder"]/name) for name in ("metrics.jsonl", "evaluations.jsonl"))
     first, last = (metrics[i] if metrics else {} for i in (0, -1))
-    known = dict(state="failed" if error else state_of(run), superbatches=last.get("step", 0), reward_start=first.get("reward/ema"), reward_end=last.get("reward/ema"),
+    known = dict(state="failed" if error else state_of(run), reached=last.get("step", 0), reward_start=first.get("reward/ema"), reward_end=last.get("reward/ema"),
                  reward_val_end=last.get("reward_val/mean"), kl_end=last.get("kl"), tokens=last.get("tokens/generated"))
     return run["setting"] | dict(seed=run["seed"]) | known | dict(error=error)
 

@@ -31,7 +31,7 @@ class SuperHFConfig:
     model: str = opt("theblackcat102/pythia-1b-deduped-sft", "policy: hub id, folder, or demo (section 4.3)")
     reward_model: str = opt("OpenAssistant/reward-model-deberta-v3-large-v2", "reward model: hub id, folder, demo, or module:function (section 4.3)")
     validation_reward_model: str|None = opt(None, "a second reward model that only watches; none unless set")
-    prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, or demo")
+    prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, paper (the four of Table 1), or demo")
     prompt_order: str = opt("shuffled", "shuffled (section 4.1), or balanced: shuffled, and the sources take turns", choices=["shuffled", "balanced"])
     prompt_format: str = opt("auto", "auto, paper (section 5.1), chat (the tokenizer's template), or a text with {prompt}")
     output_dir: str = opt("runs/superhf", "folder of the run")
@@ -63,7 +63,7 @@ class SuperHFConfig:
     scoring_batch_size: int = opt(32, "completions scored at once (Table 2)", low=1)
     finetuning_batch_size: int = opt(8, "completions per forward and backward pass; gradients add up to one step (Table 2)", low=1)
     lora_rank: int = opt(0, "rank of LoRA adapters; 0 trains all weights", low=0)
-    dtype: str = opt("float32", "number format of the trained weights (Table 2: FP32)", choices=["float32", "bfloat16"])
+    dtype: str = opt("float32", "number format of the trained weights (Table 2: FP32); in bfloat16 a step of less than a 256th of a weight is lost", choices=["float32", "bfloat16"])
     mixed_precision: str = opt("no", "number format of the passes while fine-tuning: no keeps dtype (Table 2: No), bf16 multiplies in bfloat16, auto does so where it is native", choices=["no", "bf16", "auto"])
     sampling_dtype: str = opt("auto", "number format to sample in: auto takes bfloat16 where it is native", choices=["auto", "policy", "float32", "bfloat16", "float16"])
     reward_dtype: str = opt("auto", "number format of the reward models: auto takes bfloat16 for those of ours where it is native", choices=["auto", "float32", "bfloat16"])
@@ -119,9 +119,9 @@ def prompts_of(prompts:list[dict], # with `prompt` and `source`
 def draw_from(queue:dict, # epoch, at: place in the pass; back: rejected prompts that wait for its end
               prompts:list[dict], n:int, seed:int, balanced:bool=False) -> list[dict]:
     "The next `n` prompts: those of the pass, then those put back, then the next pass."
-    drawn = []
+    drawn, epoch = [], None
     while len(drawn) < n:
-        order = epoch_order(prompts, seed, queue["epoch"], balanced)
+        if epoch != queue["epoch"]: epoch = queue["epoch"]; order = epoch_order(prompts, seed, epoch, balanced)
         if queue["at"] < len(order): drawn.append(prompts[order[queue["at"]]]); queue["at"] += 1
         elif queue["back"]: drawn.append(queue["back"].pop(0))
         else: queue["epoch"], queue["at"] = queue["epoch"] + 1, 0
@@ -143,11 +143,14 @@ def score(reward_model, prompts:list[dict], completions:list[Completion], proces
     return torch.tensor(processes.gather(scores.tolist()), dtype=torch.float32)
 
 # %% ../nbs/08_training.ipynb #fbcd51d5
-def select(scores:torch.Tensor, completions:list[Completion], k:int, superbatches:int=1, shaping:Shaping|None=None) -> list[int]:
+def select(scores:torch.Tensor, completions:list[Completion], k:int, superbatches:int=1, shaping:Shaping|None=None,
+           prompts:int=1 # of each superbatch; equal texts count once for the same prompt, and once for each of two
+          ) -> list[int]:
     "Indices of the K best completions of each superbatch, best first; empty ones and those without a finite score are never among them."
     texts = [c.text for c in completions]
     if shaping: scores = scores - penalties(texts, [c.ended for c in completions], shaping)
-    size = len(texts)//superbatches
+    size, each = len(texts)//superbatches, len(texts)//superbatches//prompts
+    texts = [t.strip() and f"{i//each} {t}" for i, t in enumerate(texts)]
     return [at + i for at in range(0, len(texts), size) for i in select_top_k(scores[at:at + size], texts[at:at + size], k)]
 
 # %% ../nbs/08_training.ipynb #3f277690
@@ -230,7 +233,9 @@ def check_run(config:SuperHFConfig):
 # %% ../nbs/08_training.ipynb #df0905f9
 def check_stopping(config):
     "Refuse to stop on what is never looked at."
-    if config.stop_on == "held-out" and not (config.evaluate_every and config.holdout): raise UserError("stop_on held-out needs evaluate_every and holdout above 0")
+    if config.stop_on != "held-out": return
+    if not (config.evaluate_every and config.holdout): raise UserError("stop_on held-out needs evaluate_every and holdout above 0")
+    if config.evaluate_every > config.superbatches: raise UserError(f"stop_on held-out needs an evaluation: evaluate_every is {config.evaluate_every}, superbatches {config.superbatches}")
 
 # %% ../nbs/08_training.ipynb #b20072c6
 def average(sums:list[dict], n:int) -> dict:
@@ -278,7 +283,7 @@ class Ground(RunLoop):
         if not prompts: raise UserError("there are no prompts to train on")
         self.tokenizer, self.prompts = tokenizer, prompts
         self.reward_model, self.validation_reward_model = reward_model, validation_reward_model
-        self.policy = add_lora(policy, self.config.lora_rank) if self.config.lora_rank else policy
+        self.policy = add_lora(policy, self.config.lora_rank, seed=self.config.seed) if self.config.lora_rank else policy
         self.format = get_format(self.config.prompt_format, tokenizer)
         self.sampler = make_sampler(self.config, self.policy, tokenizer, self.format, self.processes.in_shards)
         self.ema, self.queue = None, dict(epoch=0, at=0, back=[])
@@ -332,7 +337,7 @@ def superbatch(self:SuperHFTrainer, step:int) -> tuple:
     prompts = self.draw(step)
     with clock("generate"): completions = sample(self.sampler, prompts, c.superbatch_size*c.prompt_accumulation, c.seed, step, self.processes)
     with clock("score"): scores, validation = self.score(prompts, completions)
-    chosen = select(scores, completions, c.top_k, c.prompt_accumulation, self.shaping)
+    chosen = select(scores, completions, c.top_k, c.prompt_accumulation, self.shaping, c.superbatch_prompts)
     with clock("finetune"): tuned = self.finetune(prompts, completions, chosen, step)
     if tuned["skipped"]: chosen = []
     if c.put_back: self.put_back(prompts, len(completions)//len(prompts), chosen)
@@ -378,4 +383,4 @@ def divergence(self:SuperHFTrainer, prompts, completions) -> float|None:
     if not self.reference: return None
     each, eos = len(completions)//len(prompts), self.tokenizer.eos_token_id
     rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(c, eos)) for i, c in enumerate(completions) if c.ids]
-    return mean_kl(self.policy, self.reference.model(self.policy), rows, self.batches, self.tokenizer.pad_token_id)
+    return mean_kl(self.policy, self.reference.model(self.policy), rows, self.batches, self.tokenizer.pad_token_id) if rows else None

@@ -85,6 +85,13 @@ def test_what_shards_cannot_do(model, tmp_path):
         assert [ended(p) for p in together(model, [argv]*2, said=tmp_path/"said", **ZERO)] == [2, 2]
         assert why in (tmp_path/"said0").read_text().splitlines()[-1]
 
+def test_adapters_start_the_same(model, tmp_path):
+    "The random start of LoRA adapters is the same in every process."
+    one, two, lora = tmp_path/"one", tmp_path/"two", ["--lora-rank", "2"]
+    assert ended(fork(model, "train", *options(model, one, 4, 2, 3), *lora)) == 0
+    assert [ended(p) for p in together(model, [["train", *options(model, two, 4, 2, 3), *lora]]*2)] == [0, 0]
+    same_run(two, one)
+
 @pytest.mark.parametrize("processes, size, top_k", [(2, 1, 1), (3, 4, 2)])
 def test_nothing_to_do_and_nothing_written(processes, size, top_k, model, tmp_path):
     "One process has no completion to sample, or no row to train; and what others than the first would write, they would write elsewhere."

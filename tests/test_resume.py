@@ -107,6 +107,18 @@ def test_killed_and_resumed_runs_are_equal(model, whole, tmp_path):
     assert while_saving
     for ours, theirs in zip(finished(torn), finished(whole)): assert ours == theirs
 
+def test_adapters_killed_before_any_checkpoint(model, tmp_path):
+    "A run with LoRA adapters that was killed at its first superbatch begins again with the same adapters; and one that has ended is left as it is."
+    short = lambda run: ["train", *options(model, run), "--superbatches", "6", "--checkpoint-every", "0", "--lora-rank", "2"]
+    whole, torn = tmp_path/"whole", tmp_path/"torn"
+    assert ended(fork(model, *short(whole))) == 0
+    child = fork(model, *short(torn))
+    while not read_lines(torn/"metrics.jsonl"): time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    assert ended(child) == -signal.SIGKILL
+    for _ in range(2): assert ended(fork(model, "train", "--resume", torn)) == 0
+    for ours, theirs in zip(finished(torn), finished(whole)): assert ours == theirs
+
 def torn_files(run):
     "What a crash of the machine leaves: half a line, and a checkpoint whose file is cut short."
     with open(run/"metrics.jsonl", "ab") as f: f.write(b'{"step": 99, "rew')
