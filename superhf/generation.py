@@ -316,8 +316,10 @@ def room_for(self:Sampler, model, prompts:list[list[int]]) -> Batch:
 # %% ../nbs/04_generation.ipynb #28a11b6f
 @patch
 def rest(self:Sampler):
-    "Give the buffers back until they are needed again; on a GPU captured steps point to them, and they stay."
-    if self.policy.device.type == "cpu": self.batch = None
+    "Give the buffers, and a copy's packed matrices, back until they are needed again; on a GPU captured steps point to them, and they stay."
+    if self.policy.device.type != "cpu": return
+    self.batch = None
+    if self.copy: self.copy.rest()
 
 # %% ../nbs/04_generation.ipynb #5eedd582
 @patch

@@ -169,6 +169,10 @@ class SamplingCopy:
     def __init__(self, policy, dtype:torch.dtype, packed:bool=True):
         self.model, self.packs = for_sampling(copy.deepcopy(policy), dtype, packed)
 
+    def rest(self):
+        "Give the packed matrices back; the next `refresh` packs them anew, as every refresh does."
+        for pack in self.packs: pack.weight = pack.bias = pack.x = pack.y = None
+
     @torch.no_grad()
     def refresh(self, policy):
         "Take over the policy's weights as they are now."

@@ -205,7 +205,7 @@ class PPOConfig:
     scoring_batch_size: int = opt(32, "completions scored at once", low=1)
     finetuning_batch_size: int = opt(8, "completions per forward and backward pass; gradients of a minibatch add up to one step", low=1)
     lora_rank: int = opt(0, "rank of LoRA adapters; 0 trains all weights", low=0)
-    dtype: str = opt("float32", "number format of the trained weights; in bfloat16 a step of less than a 256th of a weight is lost", choices=["float32", "bfloat16"])
+    dtype: str = opt("float32", "number format of the trained weights; in bfloat16 steps below about a 256th of a weight are lost", choices=["float32", "bfloat16"])
     sampling_dtype: str = opt("auto", "number format to sample in: auto takes bfloat16 where it is native", choices=["auto", "policy", "float32", "bfloat16", "float16"])
     reward_dtype: str = opt("auto", "number format of the reward models: auto takes bfloat16 for those of ours where it is native", choices=["auto", "float32", "bfloat16"])
     mixed_precision: str = opt("no", "number format of matrix products in training (no: that of the weights; auto: bfloat16 where it is native)", choices=["no", "bf16", "auto"])

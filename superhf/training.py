@@ -63,7 +63,7 @@ class SuperHFConfig:
     scoring_batch_size: int = opt(32, "completions scored at once (Table 2)", low=1)
     finetuning_batch_size: int = opt(8, "completions per forward and backward pass; gradients add up to one step (Table 2)", low=1)
     lora_rank: int = opt(0, "rank of LoRA adapters; 0 trains all weights", low=0)
-    dtype: str = opt("float32", "number format of the trained weights (Table 2: FP32); in bfloat16 a step of less than a 256th of a weight is lost", choices=["float32", "bfloat16"])
+    dtype: str = opt("float32", "number format of the trained weights (Table 2: FP32); in bfloat16 steps below about a 256th of a weight are lost", choices=["float32", "bfloat16"])
     mixed_precision: str = opt("no", "number format of the passes while fine-tuning: no keeps dtype (Table 2: No), bf16 multiplies in bfloat16, auto does so where it is native", choices=["no", "bf16", "auto"])
     sampling_dtype: str = opt("auto", "number format to sample in: auto takes bfloat16 where it is native", choices=["auto", "policy", "float32", "bfloat16", "float16"])
     reward_dtype: str = opt("auto", "number format of the reward models: auto takes bfloat16 for those of ours where it is native", choices=["auto", "float32", "bfloat16"])
