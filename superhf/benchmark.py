@@ -13,7 +13,7 @@ import copy, json, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch, pandas as pd
-from .core import UserError, opt
+from .core import UserError, opt, writable
 from .drawing import SamplingConfig
 from .generation import BatchSize, Completion, Sampler
 from .inference import multiplies_in_bfloat16, sampling_dtype
@@ -148,7 +148,7 @@ class Endless:
 
 # %% ../nbs/14_benchmark.ipynb #8856652d
 def prompt_of(format, tokenizer, tokens:int) -> str:
-    "A question of numbers that is encoded in about `tokens` tokens, never more."
+    "A question of numbers that is encoded in about `tokens` tokens: not more, unless the format alone takes more."
     words = []
     while len(format.encode(" ".join(words + ["3"]), tokenizer)) <= tokens and len(words) < tokens: words.append(str(3 + len(words)%7))
     return " ".join(words)
@@ -184,7 +184,8 @@ def sampling_rows(c:BenchmarkConfig, policy, tokenizer, limits:dict) -> list[dic
     ids, tokens = format.encode(prompt, tokenizer), c.superbatch_size*c.max_new_tokens
     seconds = median_seconds(sampling_works(c, policy, tokenizer, prompt, ids), c.repeats, policy.device)
     limit = lambda dtype: sampling_limit(policy, dtype, c.superbatch_size, len(ids), c.max_new_tokens, limits)
-    return [row(f"sampling: {who}, {str(dtype)[6:]}", s, tokens, limit(dtype), policy.device) for (who, dtype), s in seconds.items()]
+    mixed = dict(peak_gib=None) if policy.device.type == "cuda" else {}       # they ran in turns: whose peak it was cannot be told
+    return [row(f"sampling: {who}, {str(dtype)[6:]}", s, tokens, limit(dtype), policy.device, **mixed) for (who, dtype), s in seconds.items()]
 
 # %% ../nbs/14_benchmark.ipynb #f21b6ad8
 def scoring_rows(c:BenchmarkConfig, reward, policy, tokenizer) -> list[dict]:
@@ -204,8 +205,8 @@ def superbatch_rows(c:BenchmarkConfig, policy, tokenizer, reward, limits:dict) -
     trainer = SuperHFTrainer(config, policy, tokenizer, reward, [dict(source="benchmark", prompt=prompt)])
     trainer.sampler.rule = Endless(trainer.sampler.rule)
     records = pd.DataFrame(trainer.train(progress=False)[1:])
-    n, length, sampled = c.superbatch_size, c.prompt_tokens + c.max_new_tokens, sampling_dtype(c.sampling_dtype, policy)
-    parts = {"generate": sampling_limit(policy, sampled, n, c.prompt_tokens, c.max_new_tokens, limits), "score": 0.0, "finetune": update_limit(policy, policy.dtype, length, limits)}
+    n, given, sampled = c.superbatch_size, len(get_format("auto", tokenizer).encode(prompt, tokenizer)), sampling_dtype(c.sampling_dtype, policy)
+    parts = {"generate": sampling_limit(policy, sampled, n, given, c.max_new_tokens, limits), "score": 0.0, "finetune": update_limit(policy, policy.dtype, given + c.max_new_tokens, limits)}
     rows = [row("superbatch", records["time/total"].median(), n*c.max_new_tokens, sum(parts.values()), policy.device)]
     return rows + [row(f"  of it {k}", records[f"time/{k}"].median(), limit=limit, device=policy.device) for k, limit in parts.items()]
 
@@ -241,6 +242,7 @@ def add_ratios(rows:list[dict]) -> pd.DataFrame:
 # %% ../nbs/14_benchmark.ipynb #0f84972d
 def run_benchmark(c:BenchmarkConfig) -> dict:
     "All measurements: `table`, `limits`, and where they were made."
+    if c.output: writable(c.output)
     device = pick_device(c.device)
     limits = machine_limits(device)
     policy, tokenizer = policy_for(c)

@@ -226,13 +226,13 @@ def run_method(Trainer, config, preset=None, resume=None):
     rewards = load_rewards(config)
     policy, tokenizer = load_policy(config.model, config.dtype, config.device, config.trust_remote_code)
     trainer = Trainer(config, policy, tokenizer, rewards["reward"], prompts, rewards.get("validation"), found)
-    check_prompts(trainer.sampler, [p["prompt"] for p in prompts + kept])
+    check_prompts(trainer.sampler, [p["prompt"] for p in prompts + kept], getattr(config, "repeat_prompt", False))
     run = open_run(found.path, config, preset, resume, processes, fingerprint(prompts + kept))
     done = follow(trainer, names, config, resume)
     if resume: trainer.resume()
     if kept: trainer.evaluation = lambda: evaluate_kept(trainer, rewards, kept)
     with writing(run, trainer.step): before = before_training(run, trainer, rewards, kept)
-    if before and trainer.step == 0: trainer.ema = score_stats(torch.tensor([r["reward"] for r in before]))["reward/mean"]
+    if before and trainer.step == 0 and not getattr(config, "repeat_prompt", False): trainer.ema = score_stats(torch.tensor([r["reward"] for r in before]))["reward/mean"]
     trainer.train()
     done()
     with writing(run, trainer.step): finish(run, trainer, rewards, prompts, kept, before)

@@ -337,14 +337,15 @@ def __call__(self:Sampler, prompts:list[str],      # one per completion; repeat 
         return self.batches.run(work, list(range(len(prompts))))
 
 # %% ../nbs/04_generation.ipynb #1e5221ce
-def check_prompts(sampler:Sampler, prompts:list[str]):
+def check_prompts(sampler:Sampler, prompts:list[str],
+                  twice:bool=False): # whether the prompt comes again before the completion, as in the paper's PPO
     "Refuse the first prompt that leaves no room for its completion."
     (limit, name), new = token_limit(sampler.policy), sampler.config.max_new_tokens
     tokens = lambda p: len(sampler.format.encode(p, sampler.tokenizer))
-    frame = tokens("?")
+    frame, times = tokens("?"), 1 + twice
     for p in dict.fromkeys(prompts):
-        if frame + len(p.encode()) + new > limit and (n := tokens(p)) + new > limit:
-            raise UserError(f"the prompt {p[:40]!r} takes {n} tokens, and with max_new_tokens {new} more than this model's {name}, {limit}: shorten it, leave it out, or lower max_new_tokens")
+        if times*(frame + len(p.encode())) + new > limit and times*(n := tokens(p)) + new > limit:
+            raise UserError(f"the prompt {p[:40]!r} takes {n} tokens{', twice with repeat_prompt' if twice else ''}, and with max_new_tokens {new} more than this model's {name}, {limit}: shorten it, leave it out, or lower max_new_tokens")
 
 # %% ../nbs/04_generation.ipynb #390ba55b
 @dataclass

@@ -274,6 +274,6 @@ def ppo_step(model,            # `PolicyWithValue`
     if trace is not None: trace += done
     if not done: return dict(skipped=problem or "every minibatch is too short to be whitened"), kl_coef
     stats = {**rollout_stats(roll, kl_coef), **average_stats(done), "ppo/learning_rate": optimizer.param_groups[0]["lr"], "ppo/left_out": left_out}
-    if problem: return dict(stats, skipped=f"optimizer step {len(done) + 1}: {problem}"), kl_coef
     stats = {k: v.item() if isinstance(v, torch.Tensor) and not v.dim() else v for k, v in stats.items()}
+    if problem: return dict(stats, skipped=f"optimizer step {len(done) + 1}: {problem}"), kl_coef
     return stats, adapt_kl_coef(kl_coef, stats["objective/kl"], len(rows), c.target, c.horizon) if c.adap_kl_ctrl else kl_coef

@@ -167,7 +167,7 @@ GLOSSARY = {
     "reward/mean": Metric("Σ_i s_i / S", "score", "rises over hundreds of superbatches; jumps with the prompt from one to the next"),
     "reward/std": Metric("√(Σ_i (s_i - reward/mean)² / S): what selection has to choose from", "score", "well above 0; at 0 there is nothing to select"),
     "reward/best": Metric("score of the first completion that was selected, before penalties", "score", "above reward/mean"),
-    "reward/ema": Metric("e_t = 0.9 e_{t-1} + 0.1 reward/mean (Figure 2); e_0 is the starting policy's mean on held-out prompts where these are sampled, else e_1 = reward/mean", "score", "rises steadily (Figure 2: towards and above 0)"),
+    "reward/ema": Metric("e_t = 0.9 e_{t-1} + 0.1 reward/mean (Figure 2); e_0 is the starting policy's mean on held-out prompts where these are sampled and scored alike (not so with repeat_prompt), else e_1 = reward/mean", "score", "rises steadily (Figure 2: towards and above 0)"),
     "reward_val/mean": Metric("reward/mean under the validation reward model, which never selects; None without one", "score", "rises with reward/mean; falling while that rises is gaming"),
     "reward_val/best": Metric("score under the validation reward model of the completion of reward/best", "score", "above reward_val/mean"),
     "loss": Metric("1/K Σ_k mean_j -log π(y_{k,j}), before the step, without penalties", "nats per token", "falls slowly; near 0 the policy repeats itself"),
