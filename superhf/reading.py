@@ -212,7 +212,7 @@ def hub_errors(repo:str):
     try: yield
     except UserError: raise
     except Exception as e:
-        raise UserError(f"{repo}: cannot be read from the hub ({str(e.__cause__ or e).splitlines()[0]}); give --data-dir, a folder laid out like the hub") from e
+        raise UserError(f"{repo}: cannot be read from the hub ({str(e.__cause__ or e).splitlines()[0]}); superhf data --data-dir reads a folder laid out like the hub") from e
 
 # %% ../nbs/00_reading.ipynb #3a70572a
 class Reader:
