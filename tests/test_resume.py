@@ -3,11 +3,12 @@
 Starting Python with its libraries takes most of the time of a short run. So one process imports them and makes the models, and forks the
 ones that are killed; the runs that need the command line go through it.
 """
-import json, os, random, shutil, signal, subprocess, sys, time
+import json, os, random, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest
 import torch
+import tqdm.auto
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from superhf.models import load_tokenizer
@@ -53,6 +54,7 @@ def fork(model, *argv, said=os.devnull, **env) -> int:
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1): os.dup2(null, stream)
         speak(os.open(said, os.O_WRONLY | os.O_CREAT))
+        for bar in (tqdm.std.tqdm, tqdm.auto.tqdm): bar.set_lock(threading.RLock())   # forks share tqdm's own, and one that is killed while it holds it never gives it back
         sys.path.insert(0, str(model))
         from superhf.cli import main
         os._exit(main(list(map(str, argv))))
