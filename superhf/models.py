@@ -11,7 +11,7 @@ __all__ = ['DTYPES', 'DEMO_POLICY', 'TINY', 'SHAPES', 'as_dtype', 'pick_device',
 import importlib.util, os, shutil, tempfile
 from pathlib import Path
 import torch
-from .core import UserError
+from .core import UserError, first_line
 
 # %% ../nbs/03_models.ipynb #3ac7246a
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
@@ -105,8 +105,7 @@ def from_source(cls, source:str, name:str, **kwargs):
     try: return cls.from_pretrained(source, **kwargs)
     except UserError: raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"cannot load {name!r}: {reason[:200]} Give a hub id that can be reached, a local model folder, or demo") from e
+        raise UserError(f"cannot load {name!r}: {first_line(e)[:200]} Give a hub id that can be reached, a local model folder, or demo") from e
 
 # %% ../nbs/03_models.ipynb #08431f9c
 def load_tokenizer(name:str, trust_remote_code:bool=False):

@@ -10,7 +10,7 @@ __all__ = ['raw_lines', 'is_utf8', 'json_fault', 'csv_fault', 'file_kind', 'find
 # %% ../nbs/00_reading.ipynb #0eee233e
 import contextlib, csv, glob, gzip, io, json, logging, os, tempfile, zlib
 from pathlib import Path
-from .core import UserError
+from .core import UserError, first_line
 
 # %% ../nbs/00_reading.ipynb #893b1498
 def raw_lines(path # a text file, gzipped or not
@@ -149,7 +149,7 @@ def faults_in(paths, column:str, where:str):
         texts = [path for path in paths if file_kind(path) != "parquet"]
         empty = texts and not any(line.strip() for path in texts for _, line in raw_lines(path))
         if empty or "corresponds to no data" in str(e): raise UserError(f"{where}:1: there are no rows in it") from e
-        raise UserError(f"{where}: the file cannot be read ({str(e.__cause__ or e).splitlines()[0]})") from e
+        raise UserError(f"{where}: the file cannot be read ({first_line(e.__cause__ or e)})") from e
 
 # %% ../nbs/00_reading.ipynb #65ab4075
 def checked_rows(dataset,      # a datasets.Dataset
@@ -212,7 +212,7 @@ def hub_errors(repo:str):
     try: yield
     except UserError: raise
     except Exception as e:
-        raise UserError(f"{repo}: cannot be read from the hub ({str(e.__cause__ or e).splitlines()[0]}); superhf data --data-dir reads a folder laid out like the hub") from e
+        raise UserError(f"{repo}: cannot be read from the hub ({first_line(e.__cause__ or e)}); superhf data --data-dir reads a folder laid out like the hub") from e
 
 # %% ../nbs/00_reading.ipynb #3a70572a
 class Reader:

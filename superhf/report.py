@@ -12,7 +12,7 @@ import base64, hashlib, html, importlib.util, json, math, string, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
-from .core import UserError, opt
+from .core import UserError, first_line, opt
 from .evaluation import compare
 from .figures import run_figures
 from .gaming import gaming_report, gaming_text
@@ -40,7 +40,7 @@ def open_run(path) -> tuple[RunFolder, dict]:
     run = RunFolder(path)
     if not run.path.is_dir(): raise UserError(f"{str(path)!r} is not a folder; report needs run folders, as --output-dir of train and ppo names them")
     try: record = run.read_config()
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"{str(run.config)!r} cannot be read as YAML: {str(e).splitlines()[0]}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"{str(run.config)!r} cannot be read as YAML: {first_line(e)}") from e
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict): raise UserError(f"{str(run.config)!r} does not hold the options of a run")
     return run, record
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
-from .core import UserError
+from .core import UserError, first_line
 from .generation import BatchSize
 from .inference import native_bfloat16
 from .models import as_dtype, package_file
@@ -183,7 +183,7 @@ def load_backbone(name:str, dtype=torch.float32):
         config = without_dropout(AutoConfig.from_pretrained(path))
         tokenizer = AutoTokenizer.from_pretrained(path)
         backbone = quietly(AutoModel.from_pretrained, path, config=config, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as e: raise UserError(f"no reward-model backbone at {name!r}: {str(e).splitlines()[0]}") from e
+    except (OSError, ValueError) as e: raise UserError(f"no reward-model backbone at {name!r}: {first_line(e)}") from e
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return backbone, tokenizer
 
@@ -230,7 +230,7 @@ def read_settings(folder) -> RewardSettings:
 def whole_folder(folder):
     "For reading a reward model's files: one line about one that is missing, torn or of another model."
     try: yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e: raise UserError(f"the reward model in {str(folder)!r} is not whole: {str(e).splitlines()[0]}") from e
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e: raise UserError(f"the reward model in {str(folder)!r} is not whole: {first_line(e)}") from e
 
 # %% ../nbs/05_reward_models.ipynb #bd34496f
 def read_reward_model(folder, dtype=torch.float32):
@@ -354,7 +354,7 @@ class ClassifierScore(nn.Module):
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
 # %% ../nbs/05_reward_models.ipynb #ec4ba1f3
-def read_classifier(name:str, dtype:str="float32"):
+def read_classifier(name:str, dtype:str):
     "A sequence classifier and its tokenizer; `UserError` where there is none, or where it has no trained head of one or two outputs."
     try:
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
@@ -364,7 +364,7 @@ def read_classifier(name:str, dtype:str="float32"):
         model = quietly(AutoModelForSequenceClassification.from_pretrained, name, dtype=as_dtype(dtype))
     except (OSError, ValueError) as e:
         if isinstance(e, UserError): raise
-        raise UserError(f"cannot load reward model {name!r}: {str(e).splitlines()[0]} Give demo, demo-heldout, a folder, a hub id that can be reached, or module:function") from e
+        raise UserError(f"cannot load reward model {name!r}: {first_line(e)} Give demo, demo-heldout, a folder, a hub id that can be reached, or module:function") from e
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval().requires_grad_(False), tokenizer

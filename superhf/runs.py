@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 import torch, yaml
 from tqdm.auto import tqdm
-from .core import Interrupted, UserError, patch
+from .core import Interrupted, UserError, first_line, patch
 from .sharding import part_of, start_processes, whole_tensors
 
 # %% ../nbs/07_runs.ipynb #e294af2b
@@ -49,14 +49,10 @@ def read_lines(path:Path) -> list[dict]:
 def rewind(path:Path, step:int):
     "Cut a record file after the last line of superbatch `step`; a torn line goes too."
     if not path.exists(): return
-    end = 0
+    kept = sum(record["step"] <= step for record in read_lines(path))
     with open(path, "rb+") as f:
-        for i, line in enumerate(f, 1):
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step: break
-            except ValueError as e: raise UserError(f"{path}, line {i} is damaged: {e}") from e
-            end += len(line)
-        f.truncate(end)
+        for _ in range(kept): f.readline()
+        f.truncate(f.tell())
 
 # %% ../nbs/07_runs.ipynb #68906a8d
 def versions() -> dict:
@@ -239,7 +235,7 @@ def writing(run:RunFolder, step:int):
     from safetensors import SafetensorError
     try: yield
     except (OSError, SafetensorError) as e:
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else first_line(e)
         raise UserError(f"cannot write to {str(run.path)!r} after superbatch {step}: {reason}. What was written is whole; make room and go on with --resume {run.path}") from e
 
 # %% ../nbs/07_runs.ipynb #e4fe417e

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import UserError, opt, tell, writable
+from .core import UserError, first_line, opt, tell, writable
 from .experiment import markdown_table
 from .statistics import holm, mean_interval, paired_p, wilson
 
@@ -166,7 +166,7 @@ def run_task(lm, task:str, data_dir:str|None=None, # a folder with the data; the
         try: out = simple_evaluate(lm, tasks=[config], task_manager=TaskManager(include_defaults=False), num_fewshot=shots, limit=limit or None, bootstrap_iters=0, apply_chat_template=chat, fewshot_random_seed=seed)
         except (OSError, ConnectionError, ValueError) as e:
             where = f"{shots} examples and {data_dir!r}" if data_dir else f"{config['dataset_path']} of the hub; --data-dir names a folder to read from instead"
-            raise UserError(f"task {task!r} failed ({str(e).splitlines()[0]}) with {where}") from e
+            raise UserError(f"task {task!r} failed ({first_line(e)}) with {where}") from e
     check_answers(task, out["samples"][task])
     asked, metrics = out["samples"][task], [m["metric"] for m in config["metric_list"]]
     scores = {m: [float(s[m]) for s in asked] for m in metrics if m != "perplexity"}
