@@ -224,7 +224,11 @@ def ppo_rows(c:BenchmarkConfig, policy, tokenizer, reward) -> list[dict]:
     trainer.sampler.rule = Endless(trainer.sampler.rule)
     records = pd.DataFrame(trainer.train(progress=False)[1:])
     rows = [(format.encode(p["prompt"], tokenizer), format.encode(p["prompt"], tokenizer)[:1]*c.max_new_tokens) for p in prompts]
-    def pass_over(): accumulate(trainer.policy, rows, BatchSize(config.finetuning_batch_size, ""), tokenizer.pad_token_id, mixed=multiplies_in_bfloat16(config.mixed_precision, policy.device)); trainer.policy.zero_grad()
+    batch, mixed = BatchSize(config.finetuning_batch_size, ""), multiplies_in_bfloat16(config.mixed_precision, policy.device)
+    def pass_over():
+        "Forward and backward over the rows of one epoch."
+        accumulate(trainer.policy, rows, batch, tokenizer.pad_token_id, mixed=mixed)
+        trainer.policy.zero_grad()
     epoch = median_seconds(dict(epoch=pass_over), c.repeats, policy.device)["epoch"]
     budget = records["time/generate"].median() + records["time/score"].median() + config.ppo_epochs*epoch
     return [row("PPO step", records["time/total"].median(), c.superbatch_size*c.max_new_tokens, device=policy.device), row("  sampling + scoring + 4 epochs", budget, device=policy.device)]

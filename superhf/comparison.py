@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['means_table', 'wins_by_prompt', 'wins_interval', 'win_rates', 'CompareConfig', 'spread', 'label', 'run_of',
            'formats_of', 'tokens_of', 'trained_prompts', 'remarks_of', 'answers_of', 'first_n', 'names_of',
-           'scorers_of', 'all_answers', 'compare_policies', 'with_bounds', 'comparison_lines', 'compare_command',
-           'write_comparison']
+           'scorers_of', 'all_answers', 'compare_policies', 'with_bounds', 'reward_lines', 'comparison_lines',
+           'compare_command', 'write_comparison']
 
 # %% ../nbs/11e_comparison.ipynb #431df014
 import json, math, time
@@ -19,6 +19,7 @@ from .generation import SamplingOptions, check_prompts, load_sampler
 from .paper_tables import FRIDGE_PROMPT, fridge_table
 from .runs import RunFolder, plain, read_lines
 from .statistics import holm, signed_ranks, wilson
+from .training import turns_of
 
 # %% ../nbs/11e_comparison.ipynb #d941548d
 def means_table(answers:dict,    # name of the policy -> records of `superhf.evaluation.held_out`
@@ -90,8 +91,7 @@ def spread(prompts:list[dict], limit:int, seed:int) -> list[dict]:
     "At most `limit` prompts, as evenly over the sources as they allow, drawn by the seed."
     order = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
     if not limit or limit >= len(order): return order
-    turns, seen = [], {}
-    for p in order: turns.append(seen.setdefault(p["source"], 0)); seen[p["source"]] += 1
+    turns = turns_of([p["source"] for p in order])
     first = sorted(range(len(order)), key=lambda i: turns[i])[:limit]
     return [order[i] for i in sorted(first)]
 
@@ -196,12 +196,13 @@ def compare_policies(c:CompareConfig) -> dict:
     unseen = [p for p in prompts if p["prompt"] not in seen]
     if not unseen: raise UserError(f"the policies were trained on all {len(prompts)} prompts; give others with --prompts, or --held-out false")
     prompts, left_out = spread(unseen, c.limit, c.seed), len(prompts) - len(unseen)
-    formats, tokens = formats_of(list(models), c.prompt_format), tokens_of(list(models))
+    formats = formats_of(list(models), c.prompt_format)
     answers, seconds = all_answers(c, models, formats, prompts, rewards)
-    return dict(settings={k: v if isinstance(v, (int, float, str, list)) else str(v) for k, v in vars(c).items()}, reward_models={part: r.name for part, r in rewards.items()},
-                remarks=remarks_of(c, list(models)), left_out=left_out,
-                prompt_formats={models[m]: f for m, f in formats.items()}, training_tokens={models[m]: t for m, t in tokens.items()}, answers=answers, sampling_seconds=seconds,
-                means=means_table(answers, list(rewards)), wins=win_rates(answers, list(rewards)), fridge={part: fridge_table(r) for part, r in rewards.items()})
+    tables = dict(means=means_table(answers, list(rewards)), wins=win_rates(answers, list(rewards)), fridge={part: fridge_table(r) for part, r in rewards.items()})
+    about = dict(settings={k: v if isinstance(v, (int, float, str, list)) else str(v) for k, v in vars(c).items()},
+                 reward_models={part: r.name for part, r in rewards.items()}, remarks=remarks_of(c, list(models)), left_out=left_out,
+                 prompt_formats={models[m]: f for m, f in formats.items()}, training_tokens={models[m]: t for m, t in tokens_of(list(models)).items()})
+    return about | dict(answers=answers, sampling_seconds=seconds) | tables
 
 # %% ../nbs/11e_comparison.ipynb #c069e865
 def with_bounds(mean:float, low:float, high:float) -> str:
@@ -209,21 +210,25 @@ def with_bounds(mean:float, low:float, high:float) -> str:
     return f"{mean:+.2f}" + (f" [{low:.2f}, {high:.2f}]" if low == low else "")
 
 # %% ../nbs/11e_comparison.ipynb #2c68d89a
+def reward_lines(found:dict, reward:str, model:str) -> str:
+    "Mean rewards by source and policy, win rates and the fridge question under one reward model, as text."
+    t, w, seven = found["means"].query("reward == @reward"), found["wins"].query("reward == @reward"), found["fridge"][reward]
+    t = t.assign(cell=[with_bounds(*r) for r in t[["mean", "low", "high"]].values])
+    shown = t.pivot(index="policy", columns="source", values="cell").loc[list(dict.fromkeys(t.policy)), list(dict.fromkeys(t.source))]
+    lines = [f"Mean reward, {reward} model {model} (95 % over {t.prompts.iloc[0]} prompts):", shown.to_string()]
+    if len(w): lines.append("Win rates (p by Wilcoxon, corrected by Holm):")
+    lines += [f"  {r.policy} over {r.against}: {100*r.wins:.0f} % [{100*r.low:.0f}, {100*r.high:.0f}], p = {r.p_holm:.2g}" for r in w.itertuples()]
+    lines += ["", f"Section 5.1's seven answers, sigmoid of the scores of {model}: rank correlation with the paper's {seven.attrs['spearman']:.2f}"]
+    return "\n".join([*lines, seven[["by", "paper", "ours"]].to_string(index=False, float_format=lambda x: f"{x:.3f}")]) + "\n"
+
+# %% ../nbs/11e_comparison.ipynb #ef07ce69
 def comparison_lines(found:dict) -> str:
-    "Mean rewards by source and policy, win rates and the fridge question, as text."
-    blocks = []
-    for reward, model in found["reward_models"].items():
-        t = found["means"].query("reward == @reward")
-        t = t.assign(cell=[with_bounds(*r) for r in t[["mean", "low", "high"]].values])
-        shown = t.pivot(index="policy", columns="source", values="cell").loc[list(dict.fromkeys(t.policy)), list(dict.fromkeys(t.source))]
-        w = found["wins"].query("reward == @reward")
-        lines = [f"  {r.policy} over {r.against}: {100*r.wins:.0f} % [{100*r.low:.0f}, {100*r.high:.0f}], p = {r.p_holm:.2g}" for r in w.itertuples()]
-        seven = found["fridge"][reward]
-        blocks.append(f"Mean reward, {reward} model {model} (95 % over {t.prompts.iloc[0]} prompts):\n{shown.to_string()}\n" + ("Win rates (p by Wilcoxon, corrected by Holm):\n" + "\n".join(lines) + "\n" if lines else ""))
-        blocks.append(f"Section 5.1's seven answers, sigmoid of the scores of {model}: rank correlation with the paper's {seven.attrs['spearman']:.2f}\n" + seven[["by", "paper", "ours"]].to_string(index=False, float_format=lambda x: f"{x:.3f}") + "\n")
+    "What every reward model says, what the policies cost, and what a reader should beware of, as text."
+    blocks = [reward_lines(found, reward, model) for reward, model in found["reward_models"].items()]
     spent = ", ".join(f"{name} {tokens:,}" for name, tokens in found["training_tokens"].items())
-    notes = [f"Tokens sampled in training: {spent}\n"]*bool(spent) + [f"Left out: {found['left_out']} prompts that a policy was trained on.\n"]*bool(found["left_out"])
-    return "\n".join(blocks + notes + [f"Beware: {r}\n" for r in found["remarks"]])
+    if spent: blocks.append(f"Tokens sampled in training: {spent}\n")
+    if found["left_out"]: blocks.append(f"Left out: {found['left_out']} prompts that a policy was trained on.\n")
+    return "\n".join(blocks + [f"Beware: {r}\n" for r in found["remarks"]])
 
 # %% ../nbs/11e_comparison.ipynb #600f9fd4
 def compare_command(config:CompareConfig, **_):

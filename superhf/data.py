@@ -194,7 +194,7 @@ def add_ids(rows) -> list[dict]:
 
 # %% ../nbs/01_data.ipynb #b00164cc
 def find_duplicates(rows) -> list:
-    "For every row what it repeats: \"\" (nothing), \"inside\" its source, or \"across\" sources (ledger 13)."
+    "For every row what it repeats: \"\" (nothing), \"inside\" its source, or \"across\" sources (details 13)."
     sources, kinds = {}, []
     for r in rows:
         seen = sources.setdefault(normalize(r["prompt"]), set())
@@ -234,7 +234,7 @@ def split_prompts(rows,              # rows of source and prompt
                   test_share:float,  # share of each source's rows that is held out, 0 to 1
                   seed:int=0
                  ) -> tuple:
-    "(train, test) that never share a normalized prompt; the same rows and seed give the same split (ledger 13)."
+    "(train, test) that never share a normalized prompt; the same rows and seed give the same split (details 13)."
     if not test_share: return list(rows), []
     keys, groups = [normalize(r["prompt"]) for r in rows], {}
     for r, key in zip(rows, keys): groups.setdefault(key, []).append(r["source"])
@@ -249,7 +249,7 @@ def split_prompts(rows,              # rows of source and prompt
 
 # %% ../nbs/01_data.ipynb #94ddfbd8
 def leaks(train, test) -> list[dict]:
-    "The rows of `train` whose normalized prompt is also in `test` (ledger 13)."
+    "The rows of `train` whose normalized prompt is also in `test` (details 13)."
     held = {normalize(r["prompt"]) for r in test}
     return [r for r in train if normalize(r["prompt"]) in held]
 

@@ -45,12 +45,9 @@ def nucleus(probs:torch.Tensor, # [rows, vocabulary], sums to 1
 # %% ../nbs/03a_drawing.ipynb #5572789c
 def token_probs(logits:torch.Tensor,  # [rows, vocabulary] of the last position
                 ids:torch.Tensor,     # [rows, length] prompt and completion so far
-                config:SamplingConfig,
-                forbidden=None        # ids that may not be drawn now: the end token before `min_new_tokens`
-               ) -> torch.Tensor:
+                config:SamplingConfig) -> torch.Tensor:
     "Probabilities after repetition penalty and temperature (above 0), before top-k and top-p."
     logits = penalize(logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True), ids, config.repetition_penalty)
-    if forbidden: logits[:, list(forbidden)] = -torch.inf
     return (logits/config.temperature).softmax(-1)
 
 # %% ../nbs/03a_drawing.ipynb #4e315daa

@@ -5,22 +5,29 @@
 # %% auto #0
 __all__ = ['TRACKERS', 'split_holdout', 'choose_prompts', 'load_rewards', 'evaluate_kept', 'tracker_names', 'let_go',
            'start_trackers', 'check_push', 'push', 'model_card', 'markdown_table', 'save_model', 'comparison_text',
-           'digits', 'fingerprint', 'open_run', 'before_training', 'write_whole', 'follow', 'run_method',
-           'watch_for_gaming', 'weights_note', 'finish']
+           'digits', 'fingerprint', 'open_run', 'before_training', 'write_whole', 'follow', 'make_trainer',
+           'run_method', 'watch_for_gaming', 'weights_note', 'finish']
 
 # %% ../nbs/11b_experiment.ipynb #45283b80
-import hashlib, importlib.util, json, logging, shutil
+import hashlib, importlib.util, json, logging, shutil, textwrap
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-import pandas as pd, torch
+import numpy as np, pandas as pd, torch, yaml
 from .core import UserError, first_line, tell
+from .data import load_prompts, normalize
+from .evaluation import compare, held_out, reward_curve, save_figure, side_by_side
+from .gaming import gaming_report, gaming_text, plot_best_of_k, plot_over_optimisation
+from .generation import check_prompts
+from .models import load_policy, pick_device, write_beside
+from .runs import append_lines, is_finished, peak_memory, plain, read_lines, read_samples, RunFolder, writing
+from .scoring import Scorer
+from .sharding import start_processes, whole_tensors
+from .training import sample, score, score_stats
 
 # %% ../nbs/11b_experiment.ipynb #c3540182
 def split_holdout(prompts:list[dict], n:int, seed:int) -> tuple:
     "Prompts to train on, and `n` spread evenly over the sources to keep out (at most a quarter of each source)."
-    import numpy as np
-    from superhf.data import normalize
     order = [prompts[i] for i in np.random.default_rng([seed, 1_000_003]).permutation(len(prompts))]
     by_source = {}
     for p in order: by_source.setdefault(p["source"], []).append(p)
@@ -33,7 +40,6 @@ def split_holdout(prompts:list[dict], n:int, seed:int) -> tuple:
 # %% ../nbs/11b_experiment.ipynb #be167178
 def choose_prompts(config, preset:str|None=None) -> tuple:
     "The prompts that a config names, to train on and kept out; too few to stop by are refused."
-    from superhf.data import load_prompts
     if preset in ("paper", "repaired") and config.prompts == "demo": logging.getLogger("superhf").warning(f"preset {preset} on the prompts of this package; the paper's are --prompts paper")
     prompts, kept = split_holdout(load_prompts(config.prompts), config.holdout, config.seed)
     if config.stop_on == "held-out" and not kept: raise UserError(f"stop_on held-out needs held-out prompts, and {config.prompts} has too few: at most a quarter of a source is kept out")
@@ -42,8 +48,6 @@ def choose_prompts(config, preset:str|None=None) -> tuple:
 # %% ../nbs/11b_experiment.ipynb #c3864479
 def load_rewards(config) -> dict:
     "The reward model and, when there is one, the validation reward model; by their names in tables."
-    from superhf.models import pick_device
-    from superhf.scoring import Scorer
     load = lambda name: Scorer(name, batch_size=config.scoring_batch_size, device=pick_device(config.device), dtype=config.reward_dtype)
     rewards = dict(reward=load(config.reward_model))
     if config.validation_reward_model: rewards["validation"] = load(config.validation_reward_model)
@@ -52,7 +56,6 @@ def load_rewards(config) -> dict:
 # %% ../nbs/11b_experiment.ipynb #48684331
 def evaluate_kept(trainer, rewards:dict, kept:list[dict]) -> dict:
     "Mean rewards by name, KL per token, and `value`, on one sample of every held-out prompt."
-    from superhf.training import sample, score, score_stats
     completions = sample(trainer.sampler, kept, len(kept), trainer.config.seed, 0, trainer.processes)
     means = {name: score_stats(score(reward, kept, completions, trainer.processes))["reward/mean"] for name, reward in rewards.items()}
     return means | dict(kl=trainer.divergence(kept, completions), value=means[list(means)[-1]])
@@ -114,7 +117,6 @@ def model_card(config, changes:pd.DataFrame|None=None, prompts:dict|None=None,
                note:str="" # a sentence about the run
               ) -> str:
     "A model card: what was trained, on which prompts, what changed, with which options."
-    import yaml
     method = "PPO" if hasattr(config, "ppo_epochs") else "SuperHF"
     text = (f"---\nlibrary_name: transformers\ntags: [superhf]\nbase_model: {config.model}\n---\n\n# {config.model}, trained by {method}\n\n"
             f"Trained by {method} from `{config.model}` against the reward model `{config.reward_model}`, with [superhf](https://github.com/superhf/superhf).\n\n")
@@ -134,7 +136,6 @@ def markdown_table(table:pd.DataFrame, number:str=".3f" # how numbers are writte
 # %% ../nbs/11b_experiment.ipynb #3352f518
 def save_model(run, trainer, card:str, weights:dict|None=None):
     "The final policy and tokenizer, loadable with `from_pretrained`, with card and curve; `weights` where the policy is in shards."
-    from superhf.models import write_beside
     policy = trainer.policy.merge_and_unload() if hasattr(trainer.policy, "merge_and_unload") else trainer.policy
     def write(folder):
         policy.save_pretrained(folder, state_dict=weights)
@@ -147,7 +148,6 @@ def save_model(run, trainer, card:str, weights:dict|None=None):
 # %% ../nbs/11b_experiment.ipynb #a1e77936
 def comparison_text(table, pairs:list[dict], width:int=100) -> str:
     "The table before and after, and completions side by side, as text."
-    import textwrap
     wrap = lambda label, text: textwrap.fill(" ".join(text.split()) or "(empty)", width, initial_indent=f"  {label:8}", subsequent_indent=" "*10)
     shown = table.rename(columns=dict(low="95 % from", high="to")).to_string(index=False, float_format=lambda x: f"{x:.3f}")
     blocks = [f"{r['source']}: {' '.join(r['prompt'].split())}\n{wrap('before', r['before'])}\n{wrap('after', r['after'])}" for r in pairs]
@@ -168,7 +168,6 @@ def open_run(path:str, config, preset, resume, processes,
              prompts:str # what `fingerprint` says of them
             ):
     "The run folder: made by the first process, or found, with the same prompts; what is wrong is an error in all."
-    from superhf.runs import RunFolder
     run, wrong = RunFolder(path), ""
     if processes.first and not resume:
         try: run.create(config, preset=preset, prompts_sha256=prompts)
@@ -182,8 +181,6 @@ def open_run(path:str, config, preset, resume, processes,
 # %% ../nbs/11b_experiment.ipynb #57bb7de8
 def before_training(run, trainer, rewards:dict, kept:list[dict]) -> list[dict]:
     "Held-out samples of the starting policy; a resumed run finds those it made."
-    from superhf.evaluation import held_out
-    from superhf.runs import read_lines
     path = run.path/"held_out_before.jsonl"
     if not kept or trainer.step: return read_lines(path)
     found = held_out(trainer.sampler, rewards, kept, seed=trainer.config.seed)
@@ -193,7 +190,6 @@ def before_training(run, trainer, rewards:dict, kept:list[dict]) -> list[dict]:
 # %% ../nbs/11b_experiment.ipynb #a939a93c
 def write_whole(path:Path, records:list[dict], processes):
     "Write a file of records anew, by the first process."
-    from superhf.runs import append_lines
     if not processes.first: return
     path.unlink(missing_ok=True)
     append_lines(path, records)
@@ -212,29 +208,29 @@ def follow(trainer, names:list[str], config, resume=None):
     return done
 
 # %% ../nbs/11b_experiment.ipynb #3ef1ee1c
-def run_method(Trainer, config, preset=None, resume=None):
-    "A training run of either method on its run folder, with held-out prompts sampled before and after."
-    from superhf.generation import check_prompts
-    from superhf.models import load_policy
-    from superhf.runs import RunFolder, is_finished, writing
-    from superhf.sharding import start_processes
-    from superhf.training import score_stats
-    processes, names, found = start_processes(), tracker_names(config.track), RunFolder(resume or config.output_dir)
-    if resume and is_finished(found, config.superbatches): return tell(f"{found.path} is finished; its model is in {found.model}") if processes.first else None
-    check_push(config.push_to_hub)
+def make_trainer(Trainer, config, preset, run) -> tuple:
+    "The trainer, its reward models by name, and the prompts to train on and kept out; every prompt has room for its completion."
     prompts, kept = choose_prompts(config, preset)
-    if not resume and processes.first: found.check_free()
     rewards = load_rewards(config)
     policy, tokenizer = load_policy(config.model, config.dtype, config.device, config.trust_remote_code)
-    trainer = Trainer(config, policy, tokenizer, rewards["reward"], prompts, rewards.get("validation"), found)
-    twice = getattr(config, "repeat_prompt", False)        # PPO as the paper ran it
-    check_prompts(trainer.sampler, [p["prompt"] for p in prompts + kept], twice)
-    run = open_run(found.path, config, preset, resume, processes, fingerprint(prompts + kept))
+    trainer = Trainer(config, policy, tokenizer, rewards["reward"], prompts, rewards.get("validation"), run)
+    check_prompts(trainer.sampler, [p["prompt"] for p in prompts + kept], twice=getattr(config, "repeat_prompt", False))
+    return trainer, rewards, prompts, kept
+
+# %% ../nbs/11b_experiment.ipynb #10ede13f
+def run_method(Trainer, config, preset=None, resume=None):
+    "A training run of either method on its run folder, with held-out prompts sampled before and after."
+    processes, names, run = start_processes(), tracker_names(config.track), RunFolder(resume or config.output_dir)
+    if resume and is_finished(run, config.superbatches): return tell(f"{run.path} is finished; its model is in {run.model}") if processes.first else None
+    check_push(config.push_to_hub)
+    if not resume and processes.first: run.check_free()
+    trainer, rewards, prompts, kept = make_trainer(Trainer, config, preset, run)
+    open_run(run.path, config, preset, resume, processes, fingerprint(prompts + kept))
     done = follow(trainer, names, config, resume)
     if resume: trainer.resume()
     if kept: trainer.evaluation = lambda: evaluate_kept(trainer, rewards, kept)
     with writing(run, trainer.step): before = before_training(run, trainer, rewards, kept)
-    if before and trainer.step == 0 and not twice: trainer.ema = score_stats(torch.tensor([r["reward"] for r in before]))["reward/mean"]
+    if before and trainer.step == 0 and not getattr(config, "repeat_prompt", False): trainer.ema = score_stats(torch.tensor([r["reward"] for r in before]))["reward/mean"]
     trainer.train()
     done()
     with writing(run, trainer.step): finish(run, trainer, rewards, prompts, kept, before)
@@ -242,9 +238,6 @@ def run_method(Trainer, config, preset=None, resume=None):
 # %% ../nbs/11b_experiment.ipynb #555a460f
 def watch_for_gaming(run, metrics:list[dict], reward) -> str:
     "Write `gaming.json` and the figures of the gaming report; gives its text."
-    from superhf.evaluation import save_figure
-    from superhf.gaming import gaming_report, gaming_text, plot_best_of_k, plot_over_optimisation
-    from superhf.runs import plain, read_lines, read_samples
     report = gaming_report(read_samples(run), metrics, read_lines(run.evaluations), reward)
     records = {k: v.to_dict("records") if isinstance(v, pd.DataFrame) else v for k, v in report.items()}
     (run.path/"gaming.json").write_text(json.dumps(plain(json.loads(json.dumps(records, default=float))), indent=1, allow_nan=False))
@@ -261,9 +254,6 @@ def weights_note(trainer) -> str:
 # %% ../nbs/11b_experiment.ipynb #b321aac6
 def finish(run, trainer, rewards:dict, prompts:list[dict], kept:list[dict], before:list[dict]):
     "Sample the held-out prompts again, draw the curve, save the model with its card, and say what changed."
-    from superhf.evaluation import compare, held_out, reward_curve, save_figure, side_by_side
-    from superhf.runs import peak_memory, read_lines
-    from superhf.sharding import whole_tensors
     after = held_out(trainer.sampler, rewards, kept, seed=trainer.config.seed) if kept else []
     weights = whole_tensors(dict(trainer.policy.named_parameters()), trainer.processes.first) if trainer.processes.in_shards else None
     if not trainer.processes.first: return trainer.processes.wait()

@@ -81,44 +81,52 @@ class Batch:
     "Rows being decoded: their tokens, positions, mask, random numbers and cache."
     def __init__(self, model, config:SamplingConfig, rows:int, room:int):
         self.model, self.config, self.rows, self.room = model, config, rows, room
-        new = lambda *shape, dtype=torch.long: torch.zeros(shape, dtype=dtype, device=model.device)
-        self.tokens, self.new, self.positions = new(rows, room), new(rows), new(rows, 1)
-        self.column, self.step = new(1), new(1)                # where the new token goes; how many there are
-        self.mask = new(rows, 1, 1, room, dtype=model.dtype)   # added to attention scores: 0, or the lowest number
-        self.uniforms = new(rows, config.max_new_tokens, 4, dtype=torch.float64)
-        self.layers, self.graphs, self.ban, self.ask = [], Graphs(), None, model.device.type == "cpu"
-
-    def start(self, prompts:list[list[int]], u:np.ndarray, eos=()):
-        "Lay out the prompts and propose every row's first token; `eos` may not be drawn before `min_new_tokens`."
-        n, device = len(prompts), self.model.device
-        self.n = self.bucket(n)
-        self.order = list(range(n)) + [None]*(self.n - n)
-        self.tokens[:n] = torch.tensor([p + [p[0]]*(self.room - len(p)) for p in prompts], device=device)
-        self.positions[:n, 0] = torch.tensor([len(p) for p in prompts], device=device)
-        hidden = torch.arange(self.room, device=device) >= self.positions
-        self.mask.zero_().masked_fill_(hidden[:, None, None], torch.finfo(self.mask.dtype).min)
-        self.uniforms[:n] = torch.from_numpy(u).to(device)
-        self.column.fill_(max(map(len, prompts))); self.step.zero_()
-        logits = read_prompts(self, prompts)
-        if self.config.min_new_tokens: self.ban = torch.zeros_like(logits[0]).index_fill_(0, torch.tensor(list(eos), device=device), -torch.inf)
-        self.proposed = propose_next(self, logits)
+        zeros = lambda *shape, dtype=torch.long: torch.zeros(shape, dtype=dtype, device=model.device)
+        self.tokens = zeros(rows, room)                        # prompt and completion of every row
+        self.new = zeros(rows)                                 # the token that was proposed and is not appended yet
+        self.positions = zeros(rows, 1)                        # the new token's place in its own row
+        self.column, self.step = zeros(1), zeros(1)            # the column it goes to, the same in all rows; how many there are
+        self.mask = zeros(rows, 1, 1, room, dtype=model.dtype) # added to attention scores: 0, or the lowest number
+        self.uniforms = zeros(rows, config.max_new_tokens, 4, dtype=torch.float64) # four numbers for each token
+        self.layers, self.graphs = [], Graphs()                # keys and values; captured steps
+        self.ban = None                                        # added to the logits while the end token may not be drawn
+        self.ask = model.device.type == "cpu"                  # whether `propose` may stop early, which takes asking the device
 
     def bucket(self, n:int) -> int:
         "How many rows to compute for `n` living ones: on a GPU a power of two, so that few graphs are captured."
         return n if self.model.device.type == "cpu" else min(self.rows, max(8, 1 << (n - 1).bit_length()))
 
-    def drop(self, alive:list[bool]):
-        "Forget the rows that have ended; move the living ones together where that saves work."
-        self.order = [i if a else None for i, a in zip(self.order, alive)]
-        n = sum(alive)
-        if self.bucket(n) == self.n: return
-        to, source = fill_holes(alive)
-        if to:
-            for layer in self.layers: layer.move(to, source)
-            for buffer in (self.tokens, self.new, self.positions, self.mask, self.uniforms): buffer[to] = buffer[source]
-        for r, q in zip(to, source): self.order[r], self.order[q] = self.order[q], None
-        self.n = self.bucket(n)
-        self.order = self.order[:self.n]
+# %% ../nbs/04_generation.ipynb #e45891a6
+@patch
+def start(self:Batch, prompts:list[list[int]], u:np.ndarray, eos=()):
+    "Lay out the prompts and propose every row's first token; `eos` may not be drawn before `min_new_tokens`."
+    n, device = len(prompts), self.model.device
+    self.n = self.bucket(n)
+    self.order = list(range(n)) + [None]*(self.n - n)
+    self.tokens[:n] = torch.tensor([p + [p[0]]*(self.room - len(p)) for p in prompts], device=device)
+    self.positions[:n, 0] = torch.tensor([len(p) for p in prompts], device=device)
+    hidden = torch.arange(self.room, device=device) >= self.positions
+    self.mask.zero_().masked_fill_(hidden[:, None, None], torch.finfo(self.mask.dtype).min)
+    self.uniforms[:n] = torch.from_numpy(u).to(device)
+    self.column.fill_(max(map(len, prompts))); self.step.zero_()
+    logits = read_prompts(self, prompts)
+    if self.config.min_new_tokens: self.ban = torch.zeros_like(logits[0]).index_fill_(0, torch.tensor(list(eos), device=device), -torch.inf)
+    self.proposed = propose_next(self, logits)
+
+# %% ../nbs/04_generation.ipynb #d711747a
+@patch
+def drop(self:Batch, alive:list[bool]):
+    "Forget the rows that have ended; move the living ones together where that saves work."
+    self.order = [i if a else None for i, a in zip(self.order, alive)]
+    n = sum(alive)
+    if self.bucket(n) == self.n: return
+    to, source = fill_holes(alive)
+    if to:
+        for layer in self.layers: layer.move(to, source)
+        for buffer in (self.tokens, self.new, self.positions, self.mask, self.uniforms): buffer[to] = buffer[source]
+    for r, q in zip(to, source): self.order[r], self.order[q] = self.order[q], None
+    self.n = self.bucket(n)
+    self.order = self.order[:self.n]
 
 # %% ../nbs/04_generation.ipynb #abfd6f4d
 def read_prompts(batch:Batch, prompts:list[list[int]]) -> torch.Tensor:
@@ -367,8 +375,8 @@ class SamplingOptions:
 # %% ../nbs/04_generation.ipynb #01ed5b50
 def sampling_config(options) -> SamplingConfig:
     "The part of a config that says how a token is drawn."
-    o = options
-    return SamplingConfig(o.max_new_tokens, 0, o.temperature, o.top_p, o.sampling_top_k, o.repetition_penalty)
+    same = {k: getattr(options, k) for k in ("max_new_tokens", "temperature", "top_p", "repetition_penalty")}
+    return SamplingConfig(**same, top_k=options.sampling_top_k)
 
 # %% ../nbs/04_generation.ipynb #e319a768
 def load_sampler(model:str,               # policy: hub id, folder, or demo

@@ -190,7 +190,7 @@ def gather(config:DataConfig, report:MixReport) -> list[dict]:
 
 # %% ../nbs/01_mixing.ipynb #88657246
 def screen(rows, config:DataConfig, report:MixReport) -> list[dict]:
-    "The rows with their repeats counted in the report, and without them where `drop_duplicates` is on (ledger 13)."
+    "The rows with their repeats counted in the report, and without them where `drop_duplicates` is on (details 13)."
     shared = leaks(rows, load_prompts(config.test_prompts, config.prompt_column, config.data_dir, config.max_characters)) if config.test_prompts else []
     in_test, repeats = tally(shared), count_duplicates(rows)
     for s, c in report.counts.items(): c.update(repeats.get(s, dict(inside=0, across=0)), in_test=in_test[s])

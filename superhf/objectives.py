@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['target_ids', 'collate', 'mean_per_row', 'completion_logps', 'spread_rows', 'row_losses', 'row_entropy', 'row_kl',
-           'penalized', 'backward_pass', 'sparse_rows', 'accumulate', 'make_optimizer', 'optimizer_step', 'Reference',
-           'mean_kl', 'at_rest', 'checkpointing']
+           'penalized', 'kl_rows', 'backward_pass', 'sparse_rows', 'accumulate', 'make_optimizer', 'optimizer_step',
+           'Reference', 'mean_kl', 'at_rest', 'checkpointing']
 
 # %% ../nbs/08a_objectives.ipynb #a56f4094
 import math
@@ -75,21 +75,27 @@ def penalized(losses:torch.Tensor,   # [rows]
     return losses + (kl_coef*kl if kl_coef else 0.0) + inverse
 
 # %% ../nbs/08a_objectives.ipynb #250ce181
-def backward_pass(model, rows:list[tuple],  # (prompt ids, target ids)
-                  total:int,                # rows of the whole step, over all passes and processes
-                  pad:int, reference=None, mixed:bool=False, kl_coef:float=0.0, inverse_loss:float=0.0) -> dict:
+def kl_rows(logps, reference, ids, attention, targets) -> torch.Tensor:
+    "KL(policy, reference) for each row [rows]; `logps` are the policy's, the reference is asked without gradient."
+    with torch.no_grad(): known = completion_logps(reference, ids, attention, targets)
+    return row_kl(logps, known, targets)
+
+# %% ../nbs/08a_objectives.ipynb #bb281a65
+def backward_pass(model, rows:list[tuple],   # (prompt ids, target ids)
+                  total:int,                 # rows of the whole step, over all passes and processes
+                  pad:int,                   # id that fills up rows
+                  reference=None,            # the starting policy; without it KL is unknown
+                  mixed:bool=False,          # multiply in bfloat16
+                  kl_coef:float=0.0, inverse_loss:float=0.0) -> dict:
     "Add the gradient of some rows; sums over them of loss, entropy and KL."
-    ids, attention, targets = collate(rows, pad, model.device)
-    logps = completion_logps(model, ids, attention, targets, mixed)
+    batch = ids, attention, targets = collate(rows, pad, model.device)
+    logps, kl = completion_logps(model, *batch, mixed), None
     losses = row_losses(logps, ids, targets)
-    def divergence(logps):
-        with torch.no_grad(): known = completion_logps(reference, ids, attention, targets)
-        return row_kl(logps, known, targets)
-    kl = divergence(logps) if kl_coef else None
+    if kl_coef: kl = kl_rows(logps, reference, *batch)                     # part of the loss
     (penalized(losses, kl, kl_coef, inverse_loss).sum()/total).backward()
-    with torch.no_grad():
-        if reference is not None and kl is None: kl = divergence(logps.detach())
-        return dict(loss=losses.sum().item(), entropy=row_entropy(logps, targets).sum().item(), kl=None if kl is None else kl.sum().item())
+    logps = logps.detach()
+    if kl is None and reference is not None: kl = kl_rows(logps, reference, *batch)     # measured only, when activations are gone
+    return dict(loss=losses.sum().item(), entropy=row_entropy(logps, targets).sum().item(), kl=None if kl is None else kl.sum().item())
 
 # %% ../nbs/08a_objectives.ipynb #b36c6c54
 @contextmanager
@@ -106,15 +112,17 @@ def sparse_rows(model):
 # %% ../nbs/08a_objectives.ipynb #537c083a
 def accumulate(model, rows:list[tuple], batch:BatchSize, pad:int, total:int|None=None, **options) -> dict:
     "The gradient of the mean over `total` rows (these, unless given) in passes that fit; sums of loss, entropy and KL."
+    def passes():
+        "All rows, as many at once as fit."
+        with sparse_rows(model): return [backward_pass(model, rows[at:at + batch.now], total or len(rows), pad, **options) for at in range(0, len(rows), batch.now)]
     while True:
-        try:
-            with sparse_rows(model): parts = [backward_pass(model, rows[at:at + batch.now], total or len(rows), pad, **options) for at in range(0, len(rows), batch.now)]
-            break
+        try: parts = passes(); break
         except (RuntimeError, MemoryError) as error:
-            batch.shrink(error)
+            batch.shrink(error)                     # raises where memory is not the reason
             model.zero_grad(set_to_none=True)
     batch.grow()
-    return {k: None if not parts or parts[0][k] is None else sum(p[k] for p in parts) for k in ("loss", "entropy", "kl")}
+    known = lambda k: parts and parts[0][k] is not None
+    return {k: sum(p[k] for p in parts) if known(k) else None for k in ("loss", "entropy", "kl")}
 
 # %% ../nbs/08a_objectives.ipynb #1887c8d8
 def make_optimizer(model, config) -> torch.optim.AdamW:
@@ -152,8 +160,9 @@ class Reference:
 def mean_kl(policy, reference, rows:list[tuple], batch:BatchSize, pad:int) -> float:
     "KL(policy, reference) per completion token, mean over rows, in nats; nothing is trained."
     def work(some):
-        ids, attention, targets = collate(some, pad, policy.device)
-        return row_kl(completion_logps(policy, ids, attention, targets), completion_logps(reference, ids, attention, targets), targets).tolist()
+        "KL of rows that fit into one pass."
+        inputs = collate(some, pad, policy.device)
+        return kl_rows(completion_logps(policy, *inputs), reference, *inputs).tolist()
     return sum(batch.run(work, rows))/len(rows)
 
 # %% ../nbs/08a_objectives.ipynb #9680251a

@@ -172,7 +172,7 @@ class PPOConfig:
     max_grad_norm: float = opt(0.0, "gradients are clipped to this L2 norm; 0 is off (Table 3: None)", low=0)
     top_p: float = opt(1.0, "nucleus probability; 1 is off (Table 3)", above=0, high=1)
     # section 4.3
-    superbatches: int = opt(62, "PPO steps; the paper's runs had about 62 of 32 answers", low=1)
+    superbatches: int = opt(62, "PPO steps; the authors' script runs 62 of 32 answers, the paper gives no number", low=1)
     max_tokens: int = opt(0, "tokens sampled after which the run ends, to compare methods at the same budget; the schedule goes by PPO steps all the same; 0 is off", low=0)
     superbatch_size: int = opt(32, "answers per PPO step (section 4.3)", low=1)
     superbatch_prompts: int = opt(32, "different prompts per PPO step; as many as answers gives each prompt one (section 4.3)", low=1)

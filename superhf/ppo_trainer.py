@@ -16,8 +16,8 @@ from .models import trainable
 from .ppo import PPOConfig, Rows, check_ppo_config, lay_out, ppo_learning_rate
 from .ppo_checks import divergence_signs, self_checks, text_signs
 from .ppo_update import StartingPolicy, ppo_step, roll_out, with_value_head
-from .runs import RunFolder, RunLoop, peak_memory, return_memory
-from .training import GLOSSARY, Clock, Metric, SuperHFTrainer, check_stopping, prompts_of, sample, sample_rows
+from .runs import RunFolder, peak_memory, return_memory
+from .training import GLOSSARY, Clock, Ground, Metric, check_stopping, prompts_of, sample, sample_rows, score_texts
 
 # %% ../nbs/09d_ppo_trainer.ipynb #73bf839e
 def responses(prompts:list[str],           # one per completion
@@ -98,7 +98,7 @@ def has_moved(tuned:dict) -> bool:
     return not tuned["skipped"] or "ppo/loss/total" in tuned
 
 # %% ../nbs/09d_ppo_trainer.ipynb #394b1362
-class PPORecords(SuperHFTrainer):
+class PPORecords(Ground):
     "What a PPO run writes down, and what it tells when the policy falls apart."
     def record(self, step, prompts, completions, scores, validation, tuned:dict) -> dict:
         "The line of metrics of one PPO step; `PPO_GLOSSARY` explains the keys."
@@ -135,7 +135,7 @@ class PPOTrainer(PPORecords):
                  prompts:list[dict],           # to train on, with `prompt` and `source`
                  validation_reward_model=None, # only watches
                  run:RunFolder|None=None):     # where to record; nothing is written without
-        RunLoop.__init__(self, check_ppo_config(config), run)
+        super().__init__(check_ppo_config(config), run)
         if self.processes.in_shards: raise UserError("PPO does not train a policy in shards; launch it without FSDP or DeepSpeed")
         check_stopping(config)
         self.prepare(policy, tokenizer, reward_model, prompts, validation_reward_model)
@@ -152,7 +152,7 @@ def superbatch(self:PPOTrainer, step:int) -> tuple:
     with clock("generate"): completions = sample(self.sampler, prompts, c.superbatch_size, c.seed, step, self.processes)
     each = [p["prompt"] for p in prompts for _ in range(c.superbatch_size//len(prompts))]
     prompt_ids, response_ids, texts = responses(each, completions, self.format, self.tokenizer, c)
-    with clock("score"): scores, validation = self.score_texts(each, texts)
+    with clock("score"): scores, validation = self.score_responses(each, texts)
     with clock("finetune"): tuned = self.update(step, prompt_ids, response_ids, scores)
     record = self.record(step, prompts, completions, scores, validation, tuned)
     record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory(self.policy.device)}
@@ -161,14 +161,10 @@ def superbatch(self:PPOTrainer, step:int) -> tuple:
 
 # %% ../nbs/09d_ppo_trainer.ipynb #b2fcc947
 @patch
-def score_texts(self:PPOTrainer, prompts:list[str], texts:list[str]) -> tuple:
+def score_responses(self:PPOTrainer, prompts:list[str], texts:list[str]) -> tuple:
     "Scores of the reward model, and of the one that only watches."
     watch = self.validation_reward_model
-    def together(reward):
-        mine = self.processes.share(len(texts))
-        scores = reward([prompts[i] for i in mine], [texts[i] for i in mine]) if mine else []
-        return torch.tensor(self.processes.gather(torch.as_tensor(scores, dtype=torch.float32).tolist()), dtype=torch.float32)
-    return together(self.reward_model), None if watch is None else together(watch)
+    return score_texts(self.reward_model, prompts, texts, self.processes), None if watch is None else score_texts(watch, prompts, texts, self.processes)
 
 # %% ../nbs/09d_ppo_trainer.ipynb #ee622c61
 @patch

@@ -21,14 +21,14 @@ PAPER_TEMPLATE = SYSTEM_SENTENCE + "\n\nHuman: {prompt}\n\nAssistant:"
 # %% ../nbs/02_prompts.ipynb #bb91be7c
 def role_tags(template:str # text with `{prompt}` in it
              ) -> tuple:
-    "The role tags of a template: the line that leads to the question and the line that cues the answer (ledger 4)."
+    "The role tags of a template: the line that leads to the question and the line that cues the answer (details 4)."
     lines = [part.rstrip().rsplit("\n", 1)[-1].strip() for part in template.split("{prompt}", 1)]
     return tuple(dict.fromkeys(l for l in lines if 2 <= len(l) <= 40 and l[-1] in ":]>" and re.search(r"\w", l)))
 
 # %% ../nbs/02_prompts.ipynb #5a9f7d4d
 def stop_pattern(tags # role tags of a format
                 ) -> re.Pattern|None:
-    "The pattern of a role tag at the start of a line; None for a format without tags (ledger 4)."
+    "The pattern of a role tag at the start of a line; None for a format without tags (details 4)."
     if not tags: return None
     return re.compile(r"^[ \t]*(" + "|".join(map(re.escape, tags)) + ")", re.MULTILINE)
 
@@ -53,7 +53,7 @@ def special_ids(text:str,  # a piece of a template
 # %% ../nbs/02_prompts.ipynb #9c11feec
 @dataclass
 class PromptFormat:
-    "How a question is put to the policy, and the stop rule that belongs to it (section 5.1, ledger 4)."
+    "How a question is put to the policy, and the stop rule that belongs to it (section 5.1, details 4)."
     name: str                                # "paper", "chat" or "template"
     template: str                            # the text around `{prompt}`, as the policy sees it
     tags: tuple = ()                         # role tags that end a completion when a line begins with one
@@ -78,7 +78,7 @@ class PromptFormat:
         return any(end in piece for end in self.tag_ends)
 
     def find_stop(self, completion:str) -> int|None:
-        "Character offset where a line-initial role tag begins; None if there is none (ledger 4)."
+        "Character offset where a line-initial role tag begins; None if there is none (details 4)."
         match = self._stop.search(completion) if self._stop else None
         return match.start(1) if match else None
 
@@ -92,7 +92,7 @@ class PromptFormat:
         return list(dict.fromkeys(eos + special_ids(self.close, tokenizer)[:1]))
 
     def turn_ids(self, tokenizer) -> list[int]:
-        "Ids of special tokens that open another turn: sampled, they end the completion like a role tag (ledger 4)."
+        "Ids of special tokens that open another turn: sampled, they end the completion like a role tag (details 4)."
         opening = [i for tag in self.tags for i in special_ids(tag, tokenizer)[:1]]
         return [i for i in dict.fromkeys(opening) if i not in self.end_ids(tokenizer)]
 

@@ -343,21 +343,24 @@ class RunLoop(RunKeeper):
         budget = self.option("max_tokens")
         if budget and self.tokens >= budget and not self.stopped: self.stopped = f"{self.tokens} tokens are sampled, and max_tokens is {budget}"
         last, every = self.step == self.config.superbatches, self.config.checkpoint_every
-        due = every and (last or self.step % every == 0) or self.best and self.best["step"] == self.step and not last
-        if self.run and (end or self.stopped or due): self.save()
+        regular = every and (last or self.step % every == 0)
+        is_best = self.best and self.best["step"] == self.step and not last
+        if self.run and (end or self.stopped or regular or is_best): self.save()
         if end and self.step < self.config.superbatches: raise Interrupted(f"stopped after superbatch {self.step}" + (f"; go on with --resume {self.run.path}" if self.run else ""))
         limit = self.option("max_skipped")
         if limit and self.skips >= limit: raise UserError(f"{self.skips} superbatches in a row changed nothing, the last because {record['skipped']}")
 
-    def evaluate(self):
-        "Numbers on the held-out prompts; remembers the best, and decides whether to stop."
-        record = dict(step=self.step) | self.evaluation()
-        if self.run and self.processes.first:
-            with writing(self.run, self.step): append_lines(self.run.evaluations, [record])
-        self.tell_trackers({f"held_out/{k}": v for k, v in record.items() if k != "step"})
-        value = record["value"]
-        known = value is not None and math.isfinite(value)
-        if known and (self.best is None or value > self.best["value"]): self.best, self.stale = dict(step=self.step, value=value), 0
-        else: self.stale += 1
-        if self.option("stop_on", "none") == "held-out" and self.stale >= self.option("patience", 3):
-            self.stopped = f"held-out reward has not risen since superbatch {self.best['step']}" if self.best else "held-out reward is not a number"
+# %% ../nbs/07_runs.ipynb #e03943bd
+@patch
+def evaluate(self:RunLoop):
+    "Numbers on the held-out prompts; remembers the best, and decides whether to stop."
+    record = dict(step=self.step) | self.evaluation()
+    if self.run and self.processes.first:
+        with writing(self.run, self.step): append_lines(self.run.evaluations, [record])
+    self.tell_trackers({f"held_out/{k}": v for k, v in record.items() if k != "step"})
+    value = record["value"]
+    known = value is not None and math.isfinite(value)
+    if known and (self.best is None or value > self.best["value"]): self.best, self.stale = dict(step=self.step, value=value), 0
+    else: self.stale += 1
+    if self.option("stop_on", "none") == "held-out" and self.stale >= self.option("patience", 3):
+        self.stopped = f"held-out reward has not risen since superbatch {self.best['step']}" if self.best else "held-out reward is not a number"

@@ -126,7 +126,7 @@ class Shaping:
     "Penalties that are taken from a score; all off."
     length_penalty: float = opt(0.0, "weight of the length penalty, per unit of length_formula", low=0)
     length_formula: str = opt("log", "length penalty per completion: log = ln(1 + characters), linear = characters", choices=["log", "linear"])
-    repetition_penalty: float = opt(0.0, "weight of the share of word triples that repeat an earlier one", low=0)
+    repeated_penalty: float = opt(0.0, "weight of the share of word triples that repeat an earlier one", low=0)
     unfinished_penalty: float = opt(0.0, "taken from completions that were cut at the token limit", low=0)
 
 # %% ../nbs/06_scoring.ipynb #9ae33f84
@@ -140,7 +140,7 @@ def repeated_share(text:str, n:int=3) -> float:
 def penalties(completions, ended, shaping:Shaping) -> torch.Tensor:
     "What shaping takes from each score, float32 `[n]`."
     size = (lambda t: math.log(1 + len(t))) if shaping.length_formula == "log" else len
-    return torch.tensor([shaping.length_penalty * size(t) + shaping.repetition_penalty * repeated_share(t) + shaping.unfinished_penalty * (not e)
+    return torch.tensor([shaping.length_penalty * size(t) + shaping.repeated_penalty * repeated_share(t) + shaping.unfinished_penalty * (not e)
                          for t, e in zip(completions, ended)], dtype=torch.float32)
 
 # %% ../nbs/06_scoring.ipynb #afdaa852
@@ -205,7 +205,7 @@ class ScoreConfig:
     output: str = opt("", "JSON-lines file to write: the same lines with a score")
     combine: str = opt("mean", "how several reward models become one score", choices=["mean", "min", "mean-std"])
     length_penalty: float = opt(0.0, "times ln(1 + characters) is taken from the score", low=0)
-    repetition_penalty: float = opt(0.0, "times the share of repeated word triples is taken from the score", low=0)
+    repeated_penalty: float = opt(0.0, "times the share of repeated word triples is taken from the score", low=0)
     unfinished_penalty: float = opt(0.0, "taken from completions that were cut at the token limit", low=0)
     scoring_batch_size: int = opt(32, "completions in a batch (Table 2)", low=1)
     dtype: str = opt("auto", "number format of the reward model: auto takes bfloat16 for those of ours where it is native", choices=["auto", "float32", "bfloat16"])
@@ -245,7 +245,7 @@ def score_file(config:ScoreConfig) -> dict:
     if not config.input or not config.output: raise UserError("score needs --input and --output")
     rows = read_rows(config.input)
     writable(config.output)
-    shaping = Shaping(config.length_penalty, "log", config.repetition_penalty, config.unfinished_penalty)
+    shaping = Shaping(config.length_penalty, "log", config.repeated_penalty, config.unfinished_penalty)
     scorer = Scorer(config.reward_model.split(","), config.combine, shaping=shaping, batch_size=config.scoring_batch_size, device=pick_device(config.device), dtype=config.dtype)
     scores = scorer([r["prompt"] for r in rows], [r["completion"] for r in rows], [bool(r.get("ended", True)) for r in rows])
     write_rows([row | dict(score=s) for row, s in zip(rows, scores.tolist())], config.output)
