@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TRACKERS', 'split_holdout', 'choose_prompts', 'load_rewards', 'evaluate_kept', 'tracker_names', 'let_go',
            'start_trackers', 'check_push', 'push', 'model_card', 'markdown_table', 'save_model', 'comparison_text',
-           'digits', 'fingerprint', 'open_run', 'before_training', 'write_whole', 'follow', 'make_trainer',
-           'run_method', 'watch_for_gaming', 'weights_note', 'finish']
+           'digits', 'fingerprint', 'open_run', 'before_training', 'write_whole', 'follow', 'named', 'make_trainer',
+           'train_and_finish', 'run_method', 'watch_for_gaming', 'weights_note', 'finish']
 
 # %% ../nbs/11b_experiment.ipynb #45283b80
 import hashlib, importlib.util, json, logging, shutil, textwrap
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch, yaml
 from .core import UserError, first_line, tell
@@ -20,8 +20,8 @@ from .evaluation import compare, held_out, reward_curve, save_figure, side_by_si
 from .gaming import gaming_report, gaming_text, plot_best_of_k, plot_over_optimisation
 from .generation import check_prompts
 from .models import load_policy, pick_device, write_beside
-from .runs import append_lines, is_finished, peak_memory, plain, read_lines, read_samples, RunFolder, writing
-from .scoring import Scorer
+from .runs import append_lines, is_finished, locked, peak_memory, plain, read_lines, read_samples, RunFolder, writing
+from .scoring import Scorer, reward_name
 from .sharding import start_processes, whole_tensors
 from .training import sample, score, score_stats
 
@@ -38,20 +38,20 @@ def split_holdout(prompts:list[dict], n:int, seed:int) -> tuple:
     return [p for p in prompts if normalize(p["prompt"]) not in out], kept
 
 # %% ../nbs/11b_experiment.ipynb #be167178
-def choose_prompts(config, preset:str|None=None) -> tuple:
-    "The prompts that a config names, to train on and kept out; too few to stop by are refused."
+def choose_prompts(config, preset:str|None=None, given=None) -> tuple:
+    "The prompts that a config names, or those given, to train on and kept out; too few to stop by are refused."
     if preset in ("paper", "repaired") and config.prompts == "demo": logging.getLogger("superhf").warning(f"preset {preset} on the prompts of this package; the paper's are --prompts paper")
-    prompts, kept = split_holdout(load_prompts(config.prompts), config.holdout, config.seed)
+    prompts, kept = split_holdout(load_prompts(config.prompts if given is None else given), config.holdout, config.seed)
     if config.stop_on == "held-out" and not kept: raise UserError(f"stop_on held-out needs held-out prompts, and {config.prompts} has too few: at most a quarter of a source is kept out")
+    if len(kept) < config.holdout: logging.getLogger("superhf").warning(f"{len(kept)} of the {config.holdout} held-out prompts asked for: at most a quarter of a source is kept out")
     return prompts, kept
 
 # %% ../nbs/11b_experiment.ipynb #c3864479
-def load_rewards(config) -> dict:
-    "The reward model and, when there is one, the validation reward model; by their names in tables."
-    load = lambda name: Scorer(name, batch_size=config.scoring_batch_size, device=pick_device(config.device), dtype=config.reward_dtype)
-    rewards = dict(reward=load(config.reward_model))
-    if config.validation_reward_model: rewards["validation"] = load(config.validation_reward_model)
-    return rewards
+def load_rewards(config, reward_model=None, validation_reward_model=None) -> dict:
+    "The reward model and, when there is one, the validation reward model, as given or by the config; by their names in tables."
+    load = lambda model: Scorer(model, batch_size=config.scoring_batch_size, device=pick_device(config.device), dtype=config.reward_dtype)
+    rewards, watch = dict(reward=load(reward_model or config.reward_model)), validation_reward_model or config.validation_reward_model
+    return rewards | dict(validation=load(watch)) if watch else rewards
 
 # %% ../nbs/11b_experiment.ipynb #48684331
 def evaluate_kept(trainer, rewards:dict, kept:list[dict]) -> dict:
@@ -208,32 +208,53 @@ def follow(trainer, names:list[str], config, resume=None):
     return done
 
 # %% ../nbs/11b_experiment.ipynb #3ef1ee1c
-def make_trainer(Trainer, config, preset, run) -> tuple:
+def named(config, policy=None, reward_model=None, validation_reward_model=None, prompts=None):
+    "The config with the names of the parts that were given from Python, for the record."
+    called = lambda reward: reward if reward is None or isinstance(reward, str) else reward_name(reward)
+    names = dict(model=None if policy is None else policy.name_or_path or type(policy).__name__, reward_model=called(reward_model),
+                 validation_reward_model=called(validation_reward_model), prompts=None if prompts is None else "given from Python")
+    return replace(config, **{option: name for option, name in names.items() if name is not None})
+
+# %% ../nbs/11b_experiment.ipynb #895ff07d
+def make_trainer(Trainer, config, preset, run, policy=None, tokenizer=None, reward_model=None, validation_reward_model=None, prompts=None) -> tuple:
     "The trainer, its reward models by name, and the prompts to train on and kept out; every prompt has room for its completion."
-    prompts, kept = choose_prompts(config, preset)
-    rewards = load_rewards(config)
-    policy, tokenizer = load_policy(config.model, config.dtype, config.device, config.trust_remote_code)
+    if (policy is None) != (tokenizer is None): raise UserError("a policy and its tokenizer are given together")
+    prompts, kept = choose_prompts(config, preset, prompts)
+    rewards = load_rewards(config, reward_model, validation_reward_model)
+    if policy is None: policy, tokenizer = load_policy(config.model, config.dtype, config.device, config.trust_remote_code)
     trainer = Trainer(config, policy, tokenizer, rewards["reward"], prompts, rewards.get("validation"), run)
     check_prompts(trainer.sampler, [p["prompt"] for p in prompts + kept], twice=getattr(config, "repeat_prompt", False))
     return trainer, rewards, prompts, kept
 
 # %% ../nbs/11b_experiment.ipynb #10ede13f
-def run_method(Trainer, config, preset=None, resume=None):
+def train_and_finish(trainer, rewards:dict, prompts:list[dict], kept:list[dict]):
+    "All superbatches that are left, between two looks at the held-out prompts; then the model and what changed."
+    run, paper_ppo = trainer.run, getattr(trainer.config, "repeat_prompt", False)
+    if kept: trainer.evaluation = lambda: evaluate_kept(trainer, rewards, kept)
+    with writing(run, trainer.step): before = before_training(run, trainer, rewards, kept)
+    if before and trainer.step == 0 and not paper_ppo: trainer.ema = score_stats(torch.tensor([r["reward"] for r in before]))["reward/mean"]
+    trainer.train()
+    with writing(run, trainer.step): finish(run, trainer, rewards, prompts, kept, before)
+
+# %% ../nbs/11b_experiment.ipynb #a9b02973
+def run_method(Trainer,      # SuperHFTrainer or PPOTrainer
+               config,       # its config
+               preset=None,  # name of the preset that the config came from, for the record
+               resume=None,  # run folder to go on with
+               **given):     # instead of what the config names: policy and tokenizer, reward_model, validation_reward_model (callables or names), prompts
     "A training run of either method on its run folder, with held-out prompts sampled before and after."
+    config = named(config, **{part: x for part, x in given.items() if part != "tokenizer"})
     processes, names, run = start_processes(), tracker_names(config.track), RunFolder(resume or config.output_dir)
     if resume and is_finished(run, config.superbatches): return tell(f"{run.path} is finished; its model is in {run.model}") if processes.first else None
     check_push(config.push_to_hub)
     if not resume and processes.first: run.check_free()
-    trainer, rewards, prompts, kept = make_trainer(Trainer, config, preset, run)
+    trainer, rewards, prompts, kept = make_trainer(Trainer, config, preset, run, **given)
     open_run(run.path, config, preset, resume, processes, fingerprint(prompts + kept))
-    done = follow(trainer, names, config, resume)
-    if resume: trainer.resume()
-    if kept: trainer.evaluation = lambda: evaluate_kept(trainer, rewards, kept)
-    with writing(run, trainer.step): before = before_training(run, trainer, rewards, kept)
-    if before and trainer.step == 0 and not getattr(config, "repeat_prompt", False): trainer.ema = score_stats(torch.tensor([r["reward"] for r in before]))["reward/mean"]
-    trainer.train()
-    done()
-    with writing(run, trainer.step): finish(run, trainer, rewards, prompts, kept, before)
+    with locked(run, processes):
+        done = follow(trainer, names, config, resume)
+        if resume: trainer.resume()
+        train_and_finish(trainer, rewards, prompts, kept)
+        done()
 
 # %% ../nbs/11b_experiment.ipynb #555a460f
 def watch_for_gaming(run, metrics:list[dict], reward) -> str:

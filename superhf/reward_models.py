@@ -8,11 +8,11 @@ __all__ = ['PADDED_TO', 'KNOWN_INPUT', 'ENCODERS', 'RewardSettings', 'Frame', 'p
            'encoder_path', 'quietly', 'without_dropout', 'load_backbone', 'new_reward_model', 'save_adapter',
            'save_reward_model', 'read_settings', 'whole_folder', 'read_reward_model', 'room_of', 'check_length',
            'TextReward', 'frame_of', 'text_reward', 'reward_dtype', 'load_scalar_head', 'input_kind', 'encode_texts',
-           'ClassifierScore', 'read_classifier', 'load_classifier', 'FunctionReward', 'import_function', 'demo_folder',
-           'load_reward_model']
+           'ClassifierScore', 'read_classifier', 'load_classifier', 'takes_names', 'FunctionReward', 'import_function',
+           'demo_folder', 'load_reward_model']
 
 # %% ../nbs/05_reward_models.ipynb #8789ed97
-import importlib, json, math, re, shutil, sys
+import importlib, inspect, json, math, re, shutil, sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -383,21 +383,33 @@ def load_classifier(name:str, device="cpu", dtype="auto", batch_size:int=32, max
     return TextReward(ClassifierScore(model).to(device), tokenizer, encode, name, batch_size)
 
 # %% ../nbs/05_reward_models.ipynb #6be0fc83
+def takes_names(function) -> bool:
+    "Whether a function can be given `prompts` and `completions` by name: it names at least one of them, and takes both."
+    try: parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError): return False
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} & {"prompts", "completions"}
+    return len(named) == 2 or bool(named) and any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+# %% ../nbs/05_reward_models.ipynb #151494d9
 class FunctionReward:
     "A plain Python function as a reward model with a name."
     def __init__(self, function, name:str|None=None):
         self.function, self.name = function, name or getattr(function, "__qualname__", type(function).__name__)
+        self.by_name = takes_names(function)
 
-    def __call__(self, prompts:list, completions:list): return self.function(prompts, completions)
+    def __call__(self, prompts:list, completions:list):
+        return self.function(prompts=prompts, completions=completions) if self.by_name else self.function(prompts, completions)
 
 # %% ../nbs/05_reward_models.ipynb #b22c0efb
 def import_function(name:str) -> FunctionReward:
     "The function behind `module:function`."
     module, _, attribute = name.partition(":")
     if "" not in sys.path: sys.path.insert(0, "")
-    try: function = getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, ValueError) as e: raise UserError(f"reward function {name!r}: {e}") from e
-    except AttributeError as e: raise UserError(f"reward function {name!r}: module {module!r} has no {attribute!r}") from e
+    if module.endswith(".py"): raise UserError(f"reward function {name!r}: give the module without .py, {module.removesuffix('.py').replace('/', '.')}:{attribute}")
+    try: found = importlib.import_module(module)
+    except Exception as e: raise UserError(f"reward function {name!r}: module {module!r} cannot be imported, {type(e).__name__}: {first_line(e)}") from e     # a user's file may fail in any way
+    if not hasattr(found, attribute): raise UserError(f"reward function {name!r}: module {module!r} has no {attribute!r}")
+    function = getattr(found, attribute)
     if not callable(function): raise UserError(f"reward function {name!r} is not callable")
     return FunctionReward(function, name)
 

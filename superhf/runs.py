@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['plain', 'append_lines', 'read_lines', 'rewind', 'versions', 'hardware', 'git_commit', 'peak_memory', 'return_memory',
-           'RunFolder', 'read_samples', 'sync', 'sizes', 'is_whole', 'best_of', 'save_checkpoint', 'resume_point',
-           'state_tensors', 'write_state', 'read_state', 'interrupts', 'writing', 'RunKeeper', 'is_finished', 'RunLoop']
+           'RunFolder', 'locked', 'read_samples', 'sync', 'sizes', 'is_whole', 'best_of', 'save_checkpoint',
+           'resume_point', 'state_tensors', 'write_state', 'read_state', 'interrupts', 'writing', 'RunKeeper',
+           'is_finished', 'RunLoop']
 
 # %% ../nbs/07_runs.ipynb #47c7ba49
-import ctypes, json, logging, math, os, platform, resource, shutil, signal, subprocess, sys, threading
-from contextlib import contextmanager
+import ctypes, fcntl, json, logging, math, os, platform, resource, shutil, signal, subprocess, sys, threading
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 import torch, yaml
@@ -120,6 +121,20 @@ class RunFolder:
         "What `create` wrote; a folder that is not a run is refused."
         if not self.config.exists(): raise UserError(f"{str(self.path)!r} is not a run: it has no config.yaml")
         return yaml.safe_load(self.config.read_text())
+
+# %% ../nbs/07_runs.ipynb #8a0910d5
+@contextmanager
+def locked(run:RunFolder, processes):
+    "Keep the runs of other commands out of a run folder until the block ends; an error in all processes where it is taken."
+    wrong = ""
+    with open(run.config, "r+") if processes.first else nullcontext() as file:
+        try:
+            if processes.first: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: wrong = f"{str(run.path)!r} is being trained by another process; wait for its end, or end it"
+        except OSError as e: logging.getLogger("superhf").warning(f"{str(run.path)!r} cannot be locked ({e.strerror}): take care that no other process goes on with it")
+        wrong = "".join(processes.gather([wrong]))
+        if wrong: raise UserError(wrong)
+        yield
 
 # %% ../nbs/07_runs.ipynb #8efd7c0d
 def read_samples(run:RunFolder) -> list[dict]:

@@ -23,7 +23,7 @@ from .objectives import Reference, accumulate, checkpointing, make_optimizer, me
 from .processes import Processes
 from .prompts import get_format
 from .runs import RunFolder, RunLoop, peak_memory, return_memory
-from .scoring import Shaping, call_reward, penalties, select_top_k
+from .scoring import Shaping, call_reward, penalties, select_margin, select_top_k
 
 # %% ../nbs/08_training.ipynb #366c5595
 @dataclass
@@ -42,6 +42,7 @@ class SuperHFConfig:
     superbatch_size: int = opt(32, "completions per superbatch, S (section 3.1; Table 2's generation batch)", low=1)
     superbatch_prompts: int = opt(1, "different prompts per superbatch: 1 is the paper's final method, S its general form (section 3.1)", low=1)
     top_k: int = opt(1, "completions kept per superbatch, K (Table 2)", low=1)
+    select_margin: float = opt(0.0, "a completion is only kept where its score, after penalties, is at least this above the mean of its prompt's completions; 0 is off", low=0)
     prompt_accumulation: int = opt(1, "superbatches, each of its own prompts, that are sampled and scored before one optimizer step on the best of each", low=1)
     put_back: bool = opt(False, "prompts of which no completion was kept come again at the end of the pass (section 3.1)")
     max_new_tokens: int = opt(64, "longest completion, in tokens (Table 2)", low=1)
@@ -162,13 +163,17 @@ def score(reward_model, prompts:list[dict], completions:list[Completion], proces
 
 # %% ../nbs/08_training.ipynb #fbcd51d5
 def select(scores:torch.Tensor, completions:list[Completion], k:int, superbatches:int=1, shaping:Shaping|None=None,
-           prompts:int=1 # of each superbatch; equal texts count once for the same prompt, and once for each of two
+           prompts:int=1,    # of each superbatch; equal texts count once for the same prompt, and once for each of two
+           margin:float=0.0  # least distance from the mean of the prompt's completions; 0 is off
           ) -> list[int]:
     "Indices of the K best completions of each superbatch, best first; empty ones and those without a finite score are never among them."
     texts = [c.text for c in completions]
     if shaping: scores = scores - penalties(texts, [c.ended for c in completions], shaping)
     size, each = len(texts)//superbatches, len(texts)//superbatches//prompts
     texts = [t.strip() and f"{i//each} {t}" for i, t in enumerate(texts)]
+    if margin:
+        reached = {at + i for at in range(0, len(texts), each) for i in select_margin(scores[at:at + each], texts[at:at + each], margin)}
+        texts = [t if i in reached else "" for i, t in enumerate(texts)]
     return [at + i for at in range(0, len(texts), size) for i in select_top_k(scores[at:at + size], texts[at:at + size], k)]
 
 # %% ../nbs/08_training.ipynb #3f277690
@@ -301,7 +306,7 @@ def superbatch(self:SuperHFTrainer, step:int) -> tuple:
     prompts = self.draw(step)
     with clock("generate"): completions = sample(self.sampler, prompts, c.superbatch_size*c.prompt_accumulation, c.seed, step, self.processes)
     with clock("score"): scores, validation = self.score(prompts, completions)
-    chosen = select(scores, completions, c.top_k, c.prompt_accumulation, self.shaping, c.superbatch_prompts)
+    chosen = select(scores, completions, c.top_k, c.prompt_accumulation, self.shaping, c.superbatch_prompts, c.select_margin)
     with clock("finetune"): tuned = self.finetune(prompts, completions, chosen, step)
     if tuned["skipped"]: chosen = []
     if c.put_back: self.put_back(prompts, len(completions)//len(prompts), chosen)
@@ -313,7 +318,7 @@ def superbatch(self:SuperHFTrainer, step:int) -> tuple:
 @patch
 def finetune(self:SuperHFTrainer, prompts, completions, chosen:list[int], step:int) -> dict:
     "One optimizer step on the chosen completions, each process with its share of them."
-    if not chosen: return dict(skipped="no completion could be selected: all are empty or without a finite score")
+    if not chosen: return dict(skipped="no completion could be selected: all are empty or without a finite score" + ", or below select_margin"*bool(self.config.select_margin))
     each, eos, c = len(completions)//len(prompts), self.tokenizer.eos_token_id, self.config
     rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(completions[i], eos)) for i in chosen]
     self.sampler.rest()
