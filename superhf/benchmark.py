@@ -17,7 +17,7 @@ from .core import UserError, opt, writable
 from .drawing import SamplingConfig
 from .generation import BatchSize, Completion, Sampler
 from .inference import multiplies_in_bfloat16, sampling_dtype
-from .models import SHAPES, load_policy, number_tokenizer, pick_device, random_policy, random_shape
+from .models import SHAPES, in_format, load_policy, number_tokenizer, pick_device, random_policy, random_shape
 from .prompts import get_format
 from .runs import hardware, peak_memory, versions
 from .scoring import Scorer
@@ -169,7 +169,7 @@ def sampling_works(c:BenchmarkConfig, policy, tokenizer, prompt:str, ids:list[in
     for dtype, name in formats.items():
         sampler = Sampler(policy, tokenizer, format, config, c.superbatch_size, name)
         sampler.rule = Endless(sampler.rule)
-        other = policy if dtype == policy.dtype else copy.deepcopy(policy).to(dtype)
+        other = policy if dtype == policy.dtype else in_format(copy.deepcopy(policy), dtype)
         works["superhf", dtype] = lambda sampler=sampler: sampler([prompt]*c.superbatch_size, 0, 1)
         works["generate", dtype] = lambda other=other: by_generate(other, ids, c.superbatch_size, config)
         works["plain loop", dtype] = lambda other=other: by_plain_loop(other, ids, c.superbatch_size, config)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin
+from .models import in_format
 
 # %% ../nbs/03b_inference.ipynb #5c7961a5
 class RowLayer(CacheLayerMixin):
@@ -160,7 +161,7 @@ def for_sampling(model, dtype:torch.dtype,
                 ) -> tuple:
     "The model itself, ready to sample from in `dtype`, and its packs; it cannot be trained any more."
     if hasattr(model, "merge_and_unload"): model = model.merge_and_unload()
-    model = model.to(dtype).requires_grad_(False).eval()
+    model = in_format(model, dtype).requires_grad_(False).eval()
     return model, pack_linears(model) if packed and model.device.type == "cpu" and can_pack(dtype) else []
 
 # %% ../nbs/03b_inference.ipynb #4fe2d7c5

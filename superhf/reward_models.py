@@ -25,7 +25,7 @@ from transformers.utils import logging as hf_logging
 from .core import UserError, first_line
 from .generation import BatchSize
 from .inference import native_bfloat16
-from .models import as_dtype, package_file
+from .models import as_dtype, in_format, package_file
 
 # %% ../nbs/05_reward_models.ipynb #9aa8a967
 @dataclass
@@ -241,7 +241,7 @@ def read_reward_model(folder, dtype=torch.float32):
     if (folder/"adapter").exists():
         from peft import PeftModel
         with whole_folder(folder): backbone = PeftModel.from_pretrained(backbone, folder/"adapter").merge_and_unload()
-    model = RewardModel(backbone.to(dtype), settings)
+    model = RewardModel(in_format(backbone, dtype), settings)
     with whole_folder(folder): model.head.load_state_dict({k: v.float() for k, v in load_file(folder/"head.safetensors").items()})
     return model.eval().requires_grad_(False), tokenizer
 
