@@ -24,8 +24,8 @@ def as_dtype(name:str) -> torch.dtype:
 
 # %% ../nbs/03_models.ipynb #05e4966c
 def in_format(model, dtype:torch.dtype):
-    "The model with its weights in another number format; rotary frequencies keep theirs."
-    kept = {name: buffer for name, buffer in model.named_buffers() if "inv_freq" in name}
+    "The model with its weights in another number format; rotary frequencies, and tables of their angles, keep theirs."
+    kept = {name: buffer for name, buffer in model.named_buffers() if name.endswith(("inv_freq", "embed_positions"))}
     model = model.to(dtype)
     for name, buffer in kept.items():
         owner, _, leaf = name.rpartition(".")
