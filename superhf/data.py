@@ -7,11 +7,12 @@ __all__ = ['SOURCES', 'PAPER_SOURCES', 'QUOTES', 'first_question', 'dialogue_not
            'harmless_base', 'helpful_base', 'red_team_attempts', 'webgpt', 'demo_prompts', 'raw_prompts',
            'unknown_source', 'extract', 'strip_prompts', 'drop_empty', 'drop_long', 'tally', 'clean', 'normalize',
            'keyed_hash', 'add_ids', 'find_duplicates', 'count_duplicates', 'drop_duplicates', 'shuffled', 'subset',
-           'split_prompts', 'leaks', 'load_prompts']
+           'split_prompts', 'leaks', 'as_prompts', 'load_prompts']
 
 # %% ../nbs/01_data.ipynb #253314d4
-import difflib, json, re, unicodedata
+import difflib, json, logging, re, sys, textwrap, unicodedata
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.resources import files
@@ -253,14 +254,29 @@ def leaks(train, test) -> list[dict]:
     held = {normalize(r["prompt"]) for r in test}
     return [r for r in train if normalize(r["prompt"]) in held]
 
+# %% ../nbs/01_data.ipynb #ea053165
+def as_prompts(given) -> list[dict]:
+    "Prompts from Python as rows of `source` and `prompt`: an iterable of texts, or of rows with a text `prompt` (a DataFrame or a Dataset is one)."
+    if isinstance(given, (str, bytes, Mapping)) or not hasattr(given, "__iter__"): raise UserError(f"prompts must be a list of texts or of rows with 'prompt', got {type(given).__name__}")
+    rows = given.to_dict("records") if hasattr(given, "to_dict") and hasattr(given, "columns") else list(given)
+    rows = [dict(prompt=r) if isinstance(r, str) else r for r in rows]
+    for i, r in enumerate(rows):
+        if not (isinstance(r, Mapping) and isinstance(r.get("prompt"), str) and r["prompt"].strip()):
+            raise UserError(f"prompt {i} must be a text, or a row with a text under 'prompt', got {textwrap.shorten(repr(r), 80)}")
+    return [dict(source=r["source"] if isinstance(r.get("source"), str) else "prompts", prompt=r["prompt"]) for r in rows]
+
 # %% ../nbs/01_data.ipynb #9458fbb1
-def load_prompts(spec:str,                  # "demo", "paper" (the four sources of Table 1), a file, a registered source, or owner/name on the hub
-                 prompt_column:str="prompt",# the prompt column of a file or of a hub dataset
-                 data_dir=None,             # folder laid out like the hub; None reads from the hub
-                 max_characters:int=1024    # longest prompt that is kept (section 4.1)
+def load_prompts(spec,                       # "demo", "paper" (the four sources of Table 1), a file, a registered source, owner/name on the hub; or what `as_prompts` takes
+                 prompt_column:str="prompt", # the prompt column of a file or of a hub dataset
+                 data_dir=None,              # folder laid out like the hub; None reads from the hub
+                 max_characters:int|None=None # longest prompt that is kept; None = 1,024 (section 4.1), and any in a file
                 ) -> list[dict]:
     "Clean rows of `id`, `source` and `prompt`, in the order of their source."
-    read, specs = Reader(data_dir), PAPER_SOURCES if spec == "paper" else [spec]
-    rows = add_ids([row for s in specs for row in clean(extract(s, read, prompt_column)[0], max_characters)[0]])
-    if not rows: raise UserError(f"{spec}: no prompt is left; all are empty or longer than {max_characters} characters")
+    if not isinstance(spec, str): return add_ids(as_prompts(spec))
+    limit, read = max_characters or (sys.maxsize if file_kind(spec) else 1024), Reader(data_dir)
+    found = [row for s in (PAPER_SOURCES if spec == "paper" else [spec]) for row in extract(s, read, prompt_column)[0]]
+    rows = add_ids(clean(found, limit)[0])
+    why = "empty" if limit == sys.maxsize else f"empty or longer than {limit} characters"
+    if not rows: raise UserError(f"{spec}: no prompt is left; all are {why}")
+    if len(rows) < len(found): logging.getLogger("superhf").warning(f"{spec}: {len(found) - len(rows)} of {len(found)} prompts are left out; they are {why}")
     return rows

@@ -132,7 +132,7 @@ class PPOTrainer(PPORecords):
     "Trains a policy by PPO on the ground of SuperHF; every step is a line in the run folder."
     def __init__(self, config:PPOConfig, policy, tokenizer,
                  reward_model,                 # callable (prompts, completions) -> scores
-                 prompts:list[dict],           # to train on, with `prompt` and `source`
+                 prompts,                      # to train on: texts, or rows with `prompt` and `source`
                  validation_reward_model=None, # only watches
                  run:RunFolder|None=None):     # where to record; nothing is written without
         super().__init__(check_ppo_config(config), run)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, asdict
 from typing import NamedTuple
 import numpy as np, torch
 from .core import UserError, check_config, opt, patch
+from .data import as_prompts
 from .gaming import superbatch_signs
 from .generation import BatchSize, Completion, Sampler, SamplingConfig, sampling_config
 from .inference import multiplies_in_bfloat16, sampling_dtype
@@ -249,8 +250,8 @@ class Ground(RunLoop):
     "What every method stands on: policy, sampler, reward models, prompts."
     def prepare(self, policy, tokenizer, reward_model, prompts, validation_reward_model):
         "What every method needs: policy, sampler, reward models, prompts."
-        if not prompts: raise UserError("there are no prompts to train on")
-        self.tokenizer, self.prompts = tokenizer, prompts
+        self.tokenizer, self.prompts = tokenizer, as_prompts(prompts)
+        if not self.prompts: raise UserError("there are no prompts to train on")
         self.reward_model, self.validation_reward_model = reward_model, validation_reward_model
         self.policy = add_lora(policy, self.config.lora_rank, seed=self.config.seed) if self.config.lora_rank else policy
         self.format = get_format(self.config.prompt_format, tokenizer)
@@ -286,7 +287,7 @@ class SuperHFTrainer(Ground):
     "Trains a policy by SuperHF (section 3.1); every step is a line in the run folder."
     def __init__(self, config:SuperHFConfig, policy, tokenizer,
                  reward_model,                 # callable (prompts, completions) -> scores
-                 prompts:list[dict],           # to train on, with `prompt` and `source`
+                 prompts,                      # to train on: texts, or rows with `prompt` and `source`
                  validation_reward_model=None, # only watches
                  run:RunFolder|None=None):     # where to record; nothing is written without
         check_run(check_config(config))
