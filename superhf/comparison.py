@@ -16,7 +16,9 @@ import numpy as np, pandas as pd
 from .core import UserError, opt, tell, writable
 from .evaluation import best_of_n, bootstrap_interval, held_out, prompt_means
 from .generation import SamplingOptions, check_prompts, load_sampler
+from .models import at_home
 from .paper_tables import FRIDGE_PROMPT, fridge_table
+from .reward_models import FunctionReward
 from .runs import RunFolder, plain, read_lines
 from .statistics import holm, signed_ranks, wilson
 from .training import turns_of
@@ -51,7 +53,8 @@ def wins_by_prompt(first:list[dict], second:list[dict], reward:str) -> np.ndarra
 # %% ../nbs/11e_comparison.ipynb #eedff92e
 def wins_interval(wins:np.ndarray) -> tuple:
     "95 % interval of a win rate from the shares of the prompts."
-    return wilson(wins.sum(), len(wins)) if np.isin(wins, (0.0, 0.5, 1.0)).all() else bootstrap_interval(wins)
+    low, high = wilson(wins.sum(), len(wins)) if np.isin(wins, (0.0, 0.5, 1.0)).all() else bootstrap_interval(wins)
+    return max(low, 0.0), min(high, 1.0)
 
 # %% ../nbs/11e_comparison.ipynb #d6dc46a5
 def win_rates(answers:dict, rewards:list[str]) -> pd.DataFrame:
@@ -85,6 +88,8 @@ class CompareConfig(SamplingOptions):
     seed: int = opt(0, "decides the prompts and every completion", low=0)
     scoring_batch_size: int = opt(32, "completions scored at once (Table 2)", low=1)
     reward_dtype: str = opt("auto", "number format of the reward models: auto takes bfloat16 for those of ours where it is native", choices=["auto", "float32", "bfloat16"])
+
+    def __post_init__(self): self.model = [at_home(m) for m in self.model]
 
 # %% ../nbs/11e_comparison.ipynb #c7e238c8
 def spread(prompts:list[dict], limit:int, seed:int) -> list[dict]:
@@ -188,7 +193,7 @@ def all_answers(c:CompareConfig,
 
 # %% ../nbs/11e_comparison.ipynb #96c1bbb2
 def compare_policies(c:CompareConfig) -> dict:
-    "Answers of all policies with their scores, mean rewards, win rates, and the fridge question's scores."
+    "Answers of all policies with their scores, mean rewards, win rates, and the fridge question's scores by models that read texts (a function may know its own prompts only)."
     from superhf.data import load_prompts
     if c.best_of and c.best_of < 2: raise UserError(f"best_of needs at least 2 completions to choose from, got {c.best_of}; 0 leaves best-of-n out")
     prompts, rewards, models = load_prompts(c.prompts), scorers_of(c), names_of(list(dict.fromkeys(c.model)))
@@ -198,7 +203,7 @@ def compare_policies(c:CompareConfig) -> dict:
     prompts, left_out = spread(unseen, c.limit, c.seed), len(prompts) - len(unseen)
     formats = formats_of(list(models), c.prompt_format)
     answers, seconds = all_answers(c, models, formats, prompts, rewards)
-    tables = dict(means=means_table(answers, list(rewards)), wins=win_rates(answers, list(rewards)), fridge={part: fridge_table(r) for part, r in rewards.items()})
+    tables = dict(means=means_table(answers, list(rewards)), wins=win_rates(answers, list(rewards)), fridge={part: fridge_table(r) for part, r in rewards.items() if not any(isinstance(m, FunctionReward) for m in r.rewards)})
     about = dict(settings={k: v if isinstance(v, (int, float, str, list)) else str(v) for k, v in vars(c).items()},
                  reward_models={part: r.name for part, r in rewards.items()}, remarks=remarks_of(c, list(models)), left_out=left_out,
                  prompt_formats={models[m]: f for m, f in formats.items()}, training_tokens={models[m]: t for m, t in tokens_of(list(models)).items()})
@@ -212,12 +217,13 @@ def with_bounds(mean:float, low:float, high:float) -> str:
 # %% ../nbs/11e_comparison.ipynb #2c68d89a
 def reward_lines(found:dict, reward:str, model:str) -> str:
     "Mean rewards by source and policy, win rates and the fridge question under one reward model, as text."
-    t, w, seven = found["means"].query("reward == @reward"), found["wins"].query("reward == @reward"), found["fridge"][reward]
+    t, w, seven = found["means"].query("reward == @reward"), found["wins"].query("reward == @reward"), found["fridge"].get(reward)
     t = t.assign(cell=[with_bounds(*r) for r in t[["mean", "low", "high"]].values])
     shown = t.pivot(index="policy", columns="source", values="cell").loc[list(dict.fromkeys(t.policy)), list(dict.fromkeys(t.source))]
     lines = [f"Mean reward, {reward} model {model} (95 % over {t.prompts.iloc[0]} prompts):", shown.to_string()]
     if len(w): lines.append("Win rates (p by Wilcoxon, corrected by Holm):")
     lines += [f"  {r.policy} over {r.against}: {100*r.wins:.0f} % [{100*r.low:.0f}, {100*r.high:.0f}], p = {r.p_holm:.2g}" for r in w.itertuples()]
+    if seven is None: return "\n".join(lines) + "\n"
     lines += ["", f"Section 5.1's seven answers, sigmoid of the scores of {model}: rank correlation with the paper's {seven.attrs['spearman']:.2f}"]
     return "\n".join([*lines, seven[["by", "paper", "ours"]].to_string(index=False, float_format=lambda x: f"{x:.3f}")]) + "\n"
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'DASHES', 'new_axes', 'loop_figure', 'table_of', 'check_same_reward', 'aligned', 'reward_figure',
-           'runs_figure', 'watched', 'over_kl_figure', 'best_of_k_figure', 'thirds', 'source_figure', 'length_figure',
-           'phrase_figure', 'winning_phrase_figure', 'run_figures']
+           'run_label', 'runs_figure', 'watched', 'over_kl_figure', 'best_of_k_figure', 'thirds', 'source_figure',
+           'length_figure', 'phrase_figure', 'winning_phrase_figure', 'run_figures']
 
 # %% ../nbs/11f_figures.ipynb #33608247
 import json, math
@@ -78,14 +78,19 @@ def reward_figure(paths, ax=None, label:str="SuperHF", colour:str=COLOURS[0]):
     ax.legend(frameon=False, fontsize=8)
     return ax
 
+# %% ../nbs/11f_figures.ipynb #a5d23302
+def run_label(path, paths) -> str:
+    "What a legend calls a run: its folder's name, or the whole path where another has the same name."
+    return Path(path).name if [Path(p).name for p in paths].count(Path(path).name) == 1 else str(path)
+
 # %% ../nbs/11f_figures.ipynb #ef5ada25
 def runs_figure(paths, column:str="reward/ema", ax=None):
     "One line per run (Figure 3)."
     if column.startswith("reward/"): check_same_reward(paths)
-    ax, names = new_axes(ax, xlabel="superbatch", ylabel="reward, moving average" if column == "reward/ema" else column), [Path(p).name for p in paths]
+    ax = new_axes(ax, xlabel="superbatch", ylabel="reward, moving average" if column == "reward/ema" else column)
     for i, p in enumerate(paths):
         t = table_of(p, needs=(column,))
-        ax.plot(t.step, t[column], color=COLOURS[i % 7], linestyle=DASHES[i // 7 % 7] if len(paths) > 7 else DASHES[i % 7], linewidth=1.5, label=Path(p).name if names.count(Path(p).name) == 1 else str(p))
+        ax.plot(t.step, t[column], color=COLOURS[i % 7], linestyle=DASHES[i // 7 % 7] if len(paths) > 7 else DASHES[i % 7], linewidth=1.5, label=run_label(p, paths))
     ax.legend(frameon=False, fontsize=8, ncols=1 + len(paths)//6)
     return ax
 
@@ -102,12 +107,11 @@ def watched(path) -> tuple[pd.DataFrame, list[str]]:
 def over_kl_figure(path, ax=None, smooth:float=0.8):
     "Training and held-out reward over the root of the KL divergence from the starting policy."
     t, columns = watched(path)
-    t = t.sort_values("kl")
-    ax = new_axes(ax, xlabel="√KL from the starting policy (nats per token)", ylabel="reward")
+    ax = new_axes(ax, xlabel="√KL from the starting policy (KL in nats per token)", ylabel="reward")
     for i, (column, name) in enumerate(zip(columns, ("training reward", "held-out reward"))):
-        x = np.sqrt(t.kl.clip(lower=0))
-        ax.plot(x, t[column], ".", color=COLOURS[i], alpha=0.3, markersize=4)
-        ax.plot(x, t[column].ewm(alpha=1 - smooth).mean(), color=COLOURS[i], linestyle=DASHES[i], label=name)
+        s = t if smooth == 0 else t.sort_values("kl")      # evaluations are joined in the order in which they came
+        ax.plot(np.sqrt(t.kl.clip(lower=0)), t[column], ".", color=COLOURS[i], alpha=0.3 if smooth else 1, markersize=4 if smooth else 6)
+        ax.plot(np.sqrt(s.kl.clip(lower=0)), s[column].ewm(alpha=1 - smooth).mean(), color=COLOURS[i], linestyle=DASHES[i], label=name + (f", moving average ({smooth:g})" if smooth else ""))
     ax.legend(frameon=False, fontsize=8)
     return ax
 
@@ -121,7 +125,7 @@ def best_of_k_figure(paths, ax=None):
         curve = best_of_k(table_of(p, "samples").to_dict("records"))
         if not len(curve): raise UserError(f"{str(p)!r} has no prompt with several samples, of which to take the best")
         ax.fill_between(curve.k, curve.low, curve.high, color=COLOURS[i % 7], alpha=0.15, linewidth=0)
-        ax.plot(curve.k, curve.gain, color=COLOURS[i % 7], linestyle=DASHES[i % 7], marker="o", markersize=3, label=Path(p).name)
+        ax.plot(curve.k, curve.gain, color=COLOURS[i % 7], linestyle=DASHES[i % 7], marker="o", markersize=3, label=run_label(p, paths))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.legend(frameon=False, fontsize=8)
     return ax
@@ -183,7 +187,7 @@ def run_figures(path, folder=None) -> list[Path]:
     from superhf.evaluation import save_figure
     folder, files = Path(folder or RunFolder(path).figures), []
     method = "PPO" if "ppo_epochs" in RunFolder(path).read_config()["config"] else "SuperHF"
-    draws = dict(reward=lambda: reward_figure([path], label=method), over_kl=lambda: over_kl_figure(path), best_of_k=lambda: best_of_k_figure([path]), reward_by_source=lambda: source_figure(path), length=lambda: length_figure(path), phrases=lambda: winning_phrase_figure(path))
+    draws = dict(reward=lambda: reward_figure([path], label=method), over_kl=lambda: over_kl_figure(path, smooth=0.0 if read_lines(RunFolder(path).evaluations) else 0.8), best_of_k=lambda: best_of_k_figure([path]), reward_by_source=lambda: source_figure(path), length=lambda: length_figure(path), phrases=lambda: winning_phrase_figure(path))
     for name, draw in draws.items():
         try: ax = draw()
         except UserError: continue

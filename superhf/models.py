@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'DEMO_POLICY', 'TINY', 'SHAPES', 'as_dtype', 'in_format', 'pick_device', 'package_file', 'cache_dir',
-           'write_beside', 'convert_gguf', 'demo_policy_dir', 'model_source', 'from_source', 'load_tokenizer',
-           'read_policy', 'load_policy', 'number_tokenizer', 'random_shape', 'random_policy', 'add_lora', 'trainable']
+           'write_beside', 'convert_gguf', 'demo_policy_dir', 'at_home', 'model_source', 'from_source',
+           'load_tokenizer', 'read_policy', 'load_policy', 'number_tokenizer', 'random_shape', 'random_policy',
+           'add_lora', 'trainable']
 
 # %% ../nbs/03_models.ipynb #c59d97d4
 import importlib.util, os, shutil, tempfile
@@ -96,11 +97,16 @@ def demo_policy_dir() -> Path:
     gguf = package_file(*DEMO_POLICY)
     return write_beside(folder, lambda beside: convert_gguf(gguf, beside))
 
+# %% ../nbs/03_models.ipynb #489cdf88
+def at_home(name:str) -> str:
+    "A model's name, with `~` as the folder that it stands for."
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
 # %% ../nbs/03_models.ipynb #2cea6150
 def model_source(name:str) -> str:
     "What `from_pretrained` should be given for the model called `name`: a folder or a hub id."
     if name == "demo": return str(demo_policy_dir())
-    path = Path(name).expanduser()
+    path = Path(at_home(name))
     if path.is_dir():
         if not any((path/f).exists() for f in ("config.json", "adapter_config.json")):
             raise UserError(f"model folder {name!r} has no config.json; give a folder written by save_pretrained, a hub id, or demo")
@@ -118,10 +124,10 @@ def from_source(cls, source:str, name:str, **kwargs):
         raise UserError(f"cannot load {name!r}: {first_line(e)[:200]} Give a hub id that can be reached, a local model folder, or demo") from e
 
 # %% ../nbs/03_models.ipynb #08431f9c
-def load_tokenizer(name:str, trust_remote_code:bool=False):
+def load_tokenizer(name:str, trust_remote_code:bool=False, revision:str|None=None):
     "The tokenizer of a model, with a padding token (the end token where it has none of its own)."
     from transformers import AutoTokenizer
-    tokenizer = from_source(AutoTokenizer, model_source(name), name, trust_remote_code=trust_remote_code)
+    tokenizer = from_source(AutoTokenizer, model_source(name), name, trust_remote_code=trust_remote_code, revision=revision or "main")
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -141,7 +147,7 @@ def load_policy(name:str="demo",              # hub id, folder, or `demo`
                 **kwargs):                    # passed to `from_pretrained`
     "A causal language model in eval mode, and its tokenizer."
     device, torch_dtype, source = pick_device(device), as_dtype(dtype), model_source(name)
-    tokenizer = load_tokenizer(name, trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code, kwargs.get("revision"))
     model = read_policy(source, name, dtype=torch_dtype, trust_remote_code=trust_remote_code, **kwargs)
     return model.to(device).eval(), tokenizer
 

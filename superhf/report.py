@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, yaml
 from .core import UserError, first_line, opt
-from .evaluation import compare
+from .evaluation import compare, first_answers
 from .figures import run_figures
 from .gaming import gaming_report, gaming_text
 from .runs import RunFolder
@@ -45,16 +45,16 @@ def open_run(path) -> tuple[RunFolder, dict]:
     return run, record
 
 # %% ../nbs/11g_report.ipynb #b551ac52
-def records_of(path:Path, warnings:list[str]) -> list[dict]:
-    "The records of a file up to the first damaged line; a torn or damaged line is a warning."
+def records_of(path:Path, warnings:list[str], needs:dict={}) -> list[dict]:
+    "The records of a file up to the first damaged line, each with what it needs (key and type); a torn or damaged line is a warning."
     found = []
     for i, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
         if not line.strip(): continue
         try:
             found.append(json.loads(line))
-            if not isinstance(found[-1], dict): raise ValueError(found.pop())
+            if not isinstance(found[-1], dict) or not all(isinstance(found[-1].get(k), t) for k, t in needs.items()): raise ValueError(found.pop())
         except ValueError:
-            warnings.append(f"{path.parent.name}/{path.name}: line {i} is torn or damaged; it and what follows are left out")
+            warnings.append(f"{path}: line {i} is torn or damaged; it and what follows are left out")
             break
     return found
 
@@ -78,14 +78,13 @@ def curves_of(metrics:list[dict], evaluations:list[dict]) -> dict:
 # %% ../nbs/11g_report.ipynb #fb19ad80
 def held_out_of(run:RunFolder, warnings:list[str]) -> tuple[list[dict], list[dict]]:
     "The table of changes on held-out prompts, and their first answers before and after."
-    before, after = (records_of(run.path/f"held_out_{w}.jsonl", warnings) for w in ("before", "after"))
+    before, after = (records_of(run.path/f"held_out_{w}.jsonl", warnings, dict(source=str, prompt=str, completion=str)) for w in ("before", "after"))
     if not before or not after: return [], []
-    keys = [k for k in ("reward", "validation") if k in before[0]]
+    keys = [k for k in ("reward", "validation") if k in before[0] and k in after[0]]
     try: changes = compare(before, after, keys).to_dict("records")
-    except UserError as e: warnings.append(f"{run.path.name}: {e}"); return [], []
-    first = lambda records: {r["prompt"]: r for r in reversed(records)}
-    b, a = first(before), first(after)
-    return changes, [dict(source=b[p]["source"], prompt=p, before=b[p]["completion"], after=a[p]["completion"], reward_before=b[p]["reward"], reward_after=a[p]["reward"]) for p in dict.fromkeys(r["prompt"] for r in before)]
+    except UserError as e: warnings.append(f"{run.path}: {e}"); return [], []
+    b, a = first_answers(before), first_answers(after)
+    return changes, [dict(source=p[0], prompt=p[1], before=b[p]["completion"], after=a[p]["completion"], reward_before=b[p]["reward"], reward_after=a[p]["reward"]) for p in b if p in a]
 
 # %% ../nbs/11g_report.ipynb #ce2bb8b5
 def gaming_of(samples:list[dict], metrics:list[dict], evaluations:list[dict]) -> dict:
@@ -112,11 +111,12 @@ def run_data(path, warnings:list[str]) -> tuple[dict, list[dict]]:
     run, record = open_run(path)
     c, mine = record["config"], []
     ppo = "ppo_epochs" in c
-    metrics, evaluations, samples = (records_of(p, mine) for p in (run.metrics, run.evaluations, run.samples))
+    metrics, evaluations = (records_of(p, mine, dict(step=int)) for p in (run.metrics, run.evaluations))
+    samples = records_of(run.samples, mine, dict(step=int, prompt=str, completion=str, score=(int, float, type(None))))
     samples = [dict(r, selected=not ppo and bool(r.get("selected"))) for r in samples]        # PPO trains on every answer and selects none
     changes, pairs = held_out_of(run, mine)
     state = state_of(run, c, metrics)
-    if state != "finished": mine.append(f"{run.path.name}: {state}")
+    if state != "finished": mine.append(f"{str(path).rstrip('/')}: {state}")
     last = metrics[-1] if metrics else {}
     data = dict(name=str(path).rstrip("/"), method="PPO" if ppo else "SuperHF", model=c.get("model"), reward_model=str(c.get("reward_model")), validation=c.get("validation_reward_model"),
                 seed=c.get("seed"), asked=c.get("superbatches"), done=last.get("step", 0), state=state, reward=last.get("reward/ema"), kl=last.get("kl"), config=yaml.safe_dump(record, sort_keys=False, allow_unicode=True), options=plain_options(c), machine=machine_of(record),
@@ -156,7 +156,7 @@ def page(title:str, data:dict) -> str:
     text = lambda name: (ASSETS/name).read_text(encoding="utf-8")
     js = text("report.js")
     checksum = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
-    return string.Template(text("report.html")).substitute(title=html.escape(title), css=text("report.css"), js=js, data=safe_json(data), hash=checksum)
+    return string.Template(text("report.html")).substitute(title=html.escape(plain(title)), css=text("report.css"), js=js, data=safe_json(data), hash=checksum)
 
 # %% ../nbs/11g_report.ipynb #f718b608
 def incomparable(runs:list[dict]) -> list[str]:
@@ -172,7 +172,7 @@ def incomparable(runs:list[dict]) -> list[str]:
 def make_report(paths:list[str]) -> str:
     "The page about these runs."
     warnings, runs, samples = [], [], []
-    for path in dict.fromkeys(str(p) for p in paths):
+    for path in {Path(p).resolve(): str(p) for p in paths}.values():
         data, own = run_data(path, warnings)
         runs.append(data); samples.append(own)
     kept, left_out = some_of(samples)
@@ -194,7 +194,9 @@ def report_command(config:ReportConfig, **_):
     from superhf.core import tell
     if not config.run: raise UserError("report needs run folders: superhf report RUN...")
     path, text = Path(config.output or Path(config.run[0])/"report.html"), make_report(config.run)
-    try: path.write_text(text, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     except OSError as e: raise UserError(f"cannot write {str(path)!r}: {e.strerror}") from e
-    tell(f"{path}: {len(text)/2**20:.1f} MiB")
+    tell(f"{path}: {len(text)/2**20:.2f} MiB")
     for run in config.run if config.figures else []: tell(f"{RunFolder(run).figures}: {len(run_figures(run))} files")

@@ -15,10 +15,12 @@ import gzip, hashlib, importlib.util, json, math, os, re, string, tempfile, time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import UserError, first_line, opt, tell, writable
 from .experiment import markdown_table
+from .models import at_home
 from .statistics import holm, mean_interval, paired_p, wilson
 
 # %% ../nbs/11d_tasks.ipynb #4932d35a
@@ -187,11 +189,13 @@ def with_interval(values:list[float]) -> dict:
     return dict(value=sum(values)/n, low=max(0.0, low), high=min(1.0, high), n=n) | (dict(right=int(sum(values))) if right else {})
 
 # %% ../nbs/11d_tasks.ipynb #046a3c58
-def weights_mark(name:str, revision:str|None=None) -> str:
-    "What tells whether a model has changed since it was evaluated: names, sizes and times of a folder's files; a hub id and its revision."
+def weights_mark(name:str, revision:str|None=None,
+                 output:str="" # a file that may lie there and is none of the model's
+                ) -> str:
+    "What tells whether a model has changed since it was evaluated: names, sizes and times of a folder's files, but for those that no loader reads; a hub id and its revision."
     folder = Path(name)
     if not folder.is_dir(): return f"{name}@{revision or 'main'}"
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".bin")]
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file() and p.suffix not in (".md", ".png") and p.name not in (output, f"{output}.part")]
     return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
 
 # %% ../nbs/11d_tasks.ipynb #ae52a41a
@@ -213,10 +217,12 @@ class EvaluateConfig:
     device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
     trust_remote_code: bool = opt(False, "run code that a hub model brings along")
 
+    def __post_init__(self): self.model = [at_home(m) for m in self.model]
+
 # %% ../nbs/11d_tasks.ipynb #bba69b44
 def question(c:EvaluateConfig, model:str, task:str) -> dict:
     "What a result answers; two results with the same are the same."
-    return dict(model=model, weights=weights_mark(model, c.revision), task=task, version=task_version(task), data=data_mark(task, c.data_dir), limit=c.limit, shots=c.shots, chat=c.chat, seed=c.seed, dtype=c.dtype)
+    return dict(model=model, weights=weights_mark(model, c.revision, Path(c.output).name), task=task, version=task_version(task), data=data_mark(task, c.data_dir), limit=c.limit, shots=c.shots, chat=c.chat, seed=c.seed, dtype=c.dtype)
 
 # %% ../nbs/11d_tasks.ipynb #dc00fa6e
 def data_mark(task:str, data_dir:str) -> str:
@@ -274,7 +280,7 @@ def evaluate(c:EvaluateConfig, progress:bool=True) -> list[dict]:
         for i in open_ones:
             started, task = time.time(), asked[i]["task"]
             found = run_task(lm, task, c.data_dir, c.limit, c.shots, c.seed, c.chat)
-            results[i] = asked[i] | found | dict(metrics={m: with_interval(v) for m, v in found["scores"].items()}, seconds=time.time() - started, date=time.strftime("%Y-%m-%d"))
+            results[i] = asked[i] | found | dict(metrics={m: with_interval(v) for m, v in found["scores"].items()}, seconds=time.time() - started, date=time.strftime("%Y-%m-%d"), lm_eval=version("lm_eval"))
             write_results(c.output, others + [r for r in results if r])
             bar.update()
     return results
@@ -323,7 +329,8 @@ def table_as(frame:pd.DataFrame, how:str="text") -> str:
 # %% ../nbs/11d_tasks.ipynb #7e261f10
 def latex_table(table:pd.DataFrame) -> str:
     "A table for `booktabs`; what LaTeX would read as a command is escaped in names."
-    escaped = lambda s: re.sub(r"([&%$#_{}])", r"\\\1", s)
+    signs = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    escaped = lambda s: re.sub(r"[&%$#_{}\\~^]", lambda m: signs.get(m[0], "\\" + m[0]), s)
     rows = [" & ".join(map(escaped, ["model", *table.columns])), *(" & ".join([escaped(m), *row]) for m, row in zip(table.index, table.values))]
     return f"\\begin{{tabular}}{{l{'l'*len(table.columns)}}}\n\\toprule\n{rows[0]} \\\\\n\\midrule\n" + "".join(r + " \\\\\n" for r in rows[1:]) + "\\bottomrule\n\\end{tabular}\n"
 

@@ -17,7 +17,8 @@ ATTACKS = ["<script>document.title = 'owned'</script>", "<img src=x onerror=\"do
 def make_run(folder, steps, S, kind=SuperHFConfig, **config):
     "A run folder with made-up numbers, whose prompts and completions try to run."
     run, rng = RunFolder(folder).create(kind(superbatches=steps, **config)), np.random.default_rng(0)
-    metrics = [{"step": t, "reward/mean": float(rng.normal()), "reward/ema": t/steps, "kl": t/steps} for t in range(1, steps + 1)]
+    # 0.226: its moving average differs from it by rounding, which is no range to draw ticks in
+    metrics = [{"step": t, "reward/mean": float(rng.normal()), "reward/ema": t/steps, "kl": t/steps, "ended/share": 0.226} for t in range(1, steps + 1)]
     scores = rng.normal(size=(steps, S))
     samples = [dict(step=t, index=i, source="ab"[t % 2], prompt=f"Question {t}? {ATTACKS[t % 8]}", completion=f"Answer {t}.{i}. {ATTACKS[i % 8]} " + "and so on "*20,
                     score=float(scores[t - 1, i]), selected=bool(i == scores[t - 1].argmax()), ended=True) for t in range(1, steps + 1) for i in range(S)]

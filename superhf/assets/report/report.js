@@ -4,7 +4,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7f7f7f"];
 const PER_PAGE = 25;
 const byId = id => document.getElementById(id);
-const colour = i => COLOURS[i % COLOURS.length];
+const DASHES = ["none", "6 3", "2 2.5", "8 2.5 2 2.5"];
+const colour = i => COLOURS[i % COLOURS.length], dash = i => DASHES[i % DASHES.length];
 
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -45,7 +46,7 @@ function chart(title, caption, lines, xLabel = "superbatch") {
   const W = 360, H = 200, left = 46, right = 8, top = 8, bottom = 34;
   const points = lines.flatMap(l => l.points.concat(l.band ?? [])).filter(p => p[1] !== null);
   if (!points.length) return null;
-  const range = k => { let a = Infinity, b = -Infinity; for (const p of points) { a = Math.min(a, p[k]); b = Math.max(b, p[k]); } if (a === b) { a -= 0.5; b += 0.5; } return [a, b]; };
+  const range = k => { let a = Infinity, b = -Infinity; for (const p of points) { a = Math.min(a, p[k]); b = Math.max(b, p[k]); } return b - a > 1e-9*Math.max(Math.abs(a), Math.abs(b)) ? [a, b] : [a - 0.5, b + 0.5]; };     // rounding is no range
   const [x0, x1] = range(0), [y0, y1] = range(1);
   const X = x => left + (x - x0)/(x1 - x0)*(W - left - right), Y = y => H - bottom - (y - y0)/(y1 - y0)*(H - top - bottom);
   const box = svg("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${title} over ${xLabel}`});
@@ -71,8 +72,12 @@ const CURVES = [["Reward", "mean score of a superbatch, by the reward model that
 
 const smooth = (points, weight = 0.9) => points.reduce((done, [x, y]) => { const last = done.length ? done[done.length - 1][1] : y; done.push([x, weight*last + (1 - weight)*y]); return done; }, []);
 
-// Every superbatch is a dot and the line a moving average; the few evaluations on held-out prompts are joined as they are.
-function linesOf(points, i, few) { return few ? [{points, colour: colour(i)}] : [{points, colour: colour(i), dots: true}, {points: smooth(points), colour: colour(i)}]; }
+// Every superbatch is a dot and the line a moving average, for the reward the one that the run recorded; the few evaluations on held-out prompts are joined as they are.
+function linesOf(r, key, i) {
+  const points = (r.curves[key] ?? []).filter(p => p[1] !== null), style = {colour: colour(i), dash: dash(i)};
+  if (key.startsWith("held_out/")) return [{points, ...style}];
+  return [{points, ...style, dots: true}, {points: key === "reward/mean" && r.curves["reward/ema"] || smooth(points), ...style}];
+}
 
 // Reward on held-out prompts over the root of the KL divergence: what a distance from the start has bought. One reward for all runs: the second where any run has it.
 function overKL(r) {
@@ -81,11 +86,17 @@ function overKL(r) {
   return reward.filter(([step]) => kl.has(step)).map(([step, value]) => [Math.sqrt(Math.max(0, kl.get(step))), value]).sort((a, b) => a[0] - b[0]);
 }
 
+function keyLine(i) {
+  const box = svg("svg", {viewBox: "0 0 30 8", width: 30, height: 8, "aria-hidden": "true"});
+  box.append(svg("line", {x1: 0, x2: 30, y1: 4, y2: 4, stroke: colour(i), "stroke-width": 2.5, "stroke-dasharray": dash(i)}));
+  return box;
+}
+
 function drawCurves() {
-  if (data.runs.length > 1) byId("key").append(...data.runs.map((r, i) => { const mark = make("i"); mark.style.color = colour(i); return make("span", {}, mark, r.name); }));
+  if (data.runs.length > 1) byId("key").append(...data.runs.map((r, i) => { return make("span", {}, keyLine(i), r.name); }));
   const add = (title, caption, lines, xLabel) => { const figure = chart(title, caption, lines, xLabel); if (figure) byId("curves").append(figure); };
-  for (const [title, caption, key] of CURVES) add(title, caption, data.runs.flatMap((r, i) => r.curves[key] ? linesOf(r.curves[key].filter(p => p[1] !== null), i, key.startsWith("held_out/")) : []));
-  add("Held-out reward over KL", "by the second reward model where there is one", data.runs.map((r, i) => ({points: overKL(r), colour: colour(i)})), "√KL");
+  for (const [title, caption, key] of CURVES) add(title, caption, data.runs.flatMap((r, i) => linesOf(r, key, i)));
+  add("Held-out reward over KL", "by the second reward model where there is one", data.runs.map((r, i) => ({points: overKL(r), colour: colour(i), dash: dash(i)})), "√KL");
 }
 
 // ---- tables
