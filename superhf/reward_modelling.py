@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REWARD_PRESETS', 'RewardTrainingConfig', 'settle', 'Group', 'Examples', 'batches', 'pair_loss', 'ranking_loss',
            'batch_loss', 'rewards_of', 'add_adapters', 'new_student', 'some_of_each', 'Validation', 'rate', 'Student',
-           'RewardTrainer', 'read_training_data', 'train_reward', 'reward_preset']
+           'RewardTrainer', 'read_training_data', 'check_folder', 'train_reward', 'reward_preset']
 
 # %% ../nbs/10_reward_modelling.ipynb #614ecdfe
 import json, math, time, warnings
@@ -19,6 +19,7 @@ from .core import UserError, check_config, opt, patch
 from .inference import multiplies_in_bfloat16
 from .models import pick_device, trainable
 from .reward_models import RewardSettings, check_length, encode_pairs, frame_of, new_reward_model, pad_rows, padded_length, save_reward_model
+from .runs import RunFolder
 from .reward_judging import pair_accuracy, prompt_share, read_pairs, read_scores, spearman, spearman_within
 
 # %% ../nbs/10_reward_modelling.ipynb #fbb5e1e3
@@ -336,10 +337,20 @@ def read_training_data(config) -> tuple:
     valid_pairs = [p for p in pairs if inside(p, config.valid_low, config.valid_high)]
     return (train.reset_index(drop=True), valid.reset_index(drop=True)), (train_pairs, valid_pairs), report
 
+# %% ../nbs/10_reward_modelling.ipynb #1b68f0fb
+def check_folder(config:RewardTrainingConfig):
+    "Refuse a folder that holds something, unless it is a reward training that goes on."
+    folder = Path(config.output_dir)
+    if config.resume and not folder.is_file(): return
+    if any((folder/name).exists() for name in ("checkpoint.pt", "training.json", "reward_config.json")):
+        raise UserError(f"{str(folder)!r} already holds a reward model or its training; go on with --resume, or name another --output-dir")
+    RunFolder(folder).check_free()
+
 # %% ../nbs/10_reward_modelling.ipynb #663bdcdb
 def train_reward(config:RewardTrainingConfig) -> dict:
     "Train a reward model and write it to `output_dir`; the report that is also stored beside it."
     config = settle(config)
+    check_folder(config)
     (scored, valid), (pairs, valid_pairs), report = read_training_data(config)
     if not len(scored) and not pairs:
         found = "; found " + ", ".join(f"{n} {what}" for what, n in report.items() if n) if any(report.values()) else ""

@@ -59,7 +59,7 @@ function chart(title, caption, lines, xLabel = "superbatch") {
   for (const l of lines) {
     const shown = l.points.filter(p => p[1] !== null);
     if (l.band) box.append(svg("path", {d: "M" + l.band.map(p => `${X(p[0])} ${Y(p[1])}`).join("L") + "Z", fill: l.colour, "fill-opacity": 0.18}));
-    if (l.dots) for (const p of shown) box.append(svg("circle", {cx: X(p[0]), cy: Y(p[1]), r: 1.4, fill: l.colour, "fill-opacity": 0.4}));
+    if (l.dots) for (const p of shown) box.append(svg("circle", {cx: X(p[0]), cy: Y(p[1]), r: 1.8, fill: l.colour, "fill-opacity": 0.5}));
     else if (shown.length) box.append(svg("path", {d: "M" + shown.map(p => `${X(p[0]).toFixed(1)} ${Y(p[1]).toFixed(1)}`).join("L"), fill: "none", stroke: l.colour, "stroke-width": 1.8, "stroke-dasharray": l.dash ?? "none"}));
   }
   return make("figure", {}, make("figcaption", {}, title, make("span", {}, caption)), box);
