@@ -29,7 +29,7 @@ class RewardTrainingConfig:
     output_dir: str = opt("runs/reward", "folder for the reward model, its checkpoints and its report")
     scores: str|None = opt(None, "parquet or JSON-lines file with prompt, completion and a score; regression and ranking")
     score_column: str = opt("score", "column of the score")
-    pairs: str|None = opt(None, "JSON-lines file with chosen and rejected, whole dialogues; Bradley-Terry")
+    pairs: str|None = opt(None, "JSON-lines or Parquet file with chosen and rejected: HH dialogues, lists of messages, or answers beside a column prompt; Bradley-Terry")
     train_low: float = opt(0.08, "train on prompts whose hash is at least this", low=0, high=1)
     train_high: float = opt(1.0, "and below this", above=0, high=1)
     valid_low: float = opt(0.0, "validate on prompts whose hash is at least this", low=0, high=1)
