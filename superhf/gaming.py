@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['expected_best', 'kl_bound', 'interval', 'eligible_scores', 'usual_size', 'best_of_k', 'plot_best_of_k',
-           'over_optimisation', 'gap_slope', 'plot_over_optimisation', 'words', 'phrases_of', 'adjusted',
-           'chance_of_more', 'winning_phrases', 'without_parts', 'without_phrase', 'phrase_effect', 'growth',
-           'diversity', 'length_effect', 'superbatch_signs', 'gaming_report', 'gaming_text']
+           'score_spread', 'over_optimisation', 'gap_slope', 'plot_over_optimisation', 'words', 'phrases_of',
+           'adjusted', 'chance_of_more', 'winning_phrases', 'without_parts', 'without_phrase', 'phrase_effect',
+           'growth', 'diversity', 'length_effect', 'superbatch_signs', 'gaming_report', 'gaming_text']
 
 # %% ../nbs/06a_gaming.ipynb #a8d33ef8
 import math, re
 from collections import Counter
 import numpy as np, pandas as pd
+from .statistics import t_quantile
 
 # %% ../nbs/06a_gaming.ipynb #ad2a4d07
 def expected_best(scores # of one superbatch, finite
@@ -28,9 +29,14 @@ def kl_bound(k) -> np.ndarray:
 
 # %% ../nbs/06a_gaming.ipynb #314cfe2f
 def interval(values, draws:int=1000, seed:int=0) -> tuple:
-    "95 % percentile bootstrap interval of the mean over rows of `values` [n, ...]."
+    "95 % interval of the mean over rows of `values` [n, ...]: percentile bootstrap, below 20 rows Student's t, and NaN for a single row."
     values = np.asarray(values, float)
-    means = values[np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))].mean(1)
+    n, mean = len(values), values.mean(0)
+    if n < 2: return mean*math.nan, mean*math.nan
+    if n < 20:
+        half = t_quantile(0.95, n - 1)*values.std(0, ddof=1)/math.sqrt(n)
+        return mean - half, mean + half
+    means = values[np.random.default_rng(seed).integers(n, size=(draws, n))].mean(1)
     return tuple(np.quantile(means, (0.025, 0.975), axis=0))
 
 # %% ../nbs/06a_gaming.ipynb #1907cc2c
@@ -69,10 +75,16 @@ def plot_best_of_k(curve:pd.DataFrame, ax=None):
     ax.set(xlabel="k", ylabel="score above one sample", title="What the best of k earns")
     return ax.figure
 
+# %% ../nbs/06a_gaming.ipynb #4579370c
+def score_spread(samples:list[dict]) -> tuple|None:
+    "Standard deviations of both scores over the completions that have both; None where there are fewer than two."
+    both = np.array([(r["score"], r["score_val"]) for r in samples if r.get("score") is not None and r.get("score_val") is not None], float)
+    return tuple(both.std(0)) if len(both) > 1 else None
+
 # %% ../nbs/06a_gaming.ipynb #666c39fa
 def over_optimisation(records:list[dict],       # metrics or evaluations of a run, in order
                       reward:str="reward/mean", held_out:str="reward_val/mean", kl:str="kl",
-                      sigma:tuple|None=None,    # standard deviations of both; those of the records' own changes unless given
+                      sigma:tuple|None=None,    # standard deviations of both (`score_spread`); those of the records' own changes unless given
                       smooth:float=0.9          # weight of the past in the moving average before the peak is sought (Figure 2); 0 is off
                      ) -> pd.DataFrame:
     "Step, both rewards in standard deviations above the start, their gap, KL, and the smoothed held-out reward."
@@ -85,11 +97,11 @@ def over_optimisation(records:list[dict],       # metrics or evaluations of a ru
 
 # %% ../nbs/06a_gaming.ipynb #d7abdc9c
 def gap_slope(table:pd.DataFrame, draws:int=1000, seed:int=0) -> dict:
-    "Slope of the gap per 100 superbatches with its 95 % bootstrap interval, and the step at which the held-out reward peaked."
+    "Slope of the gap per 100 superbatches with its 95 % bootstrap interval (from eight records on), and the step at which the held-out reward peaked."
     if len(table) < 3: return dict(slope=math.nan, low=math.nan, high=math.nan, peak=None, fallen=math.nan)
     x, y, rng = table.step.to_numpy()/100, table.gap.to_numpy(), np.random.default_rng(seed)
     slope = lambda i: np.polyfit(x[i], y[i], 1)[0] if np.ptp(x[i]) else math.nan
-    low, high = np.nanquantile([slope(rng.integers(len(x), size=len(x))) for _ in range(draws)], (0.025, 0.975))
+    low, high = np.nanquantile([slope(rng.integers(len(x), size=len(x))) for _ in range(draws)], (0.025, 0.975)) if len(x) > 7 else (math.nan, math.nan)
     peak = int(table.smoothed.argmax())
     return dict(slope=slope(np.arange(len(x))), low=low, high=high, peak=int(table.step[peak]), fallen=float(table.smoothed.max() - table.smoothed.iloc[-1]))
 
@@ -227,7 +239,8 @@ def gaming_report(samples:list[dict], metrics:list[dict],
     "Everything above for one run: tables and numbers by name."
     phrases = winning_phrases(samples)
     watched = [r for r in evaluations if r.get("validation") is not None]
-    table = over_optimisation(watched, "reward", "validation", smooth=0) if len(watched) > 2 else over_optimisation(metrics)
+    sigma = score_spread(samples)
+    table = over_optimisation(watched, "reward", "validation", sigma=sigma, smooth=0) if len(watched) > 2 else over_optimisation(metrics, sigma=sigma)
     found = phrases.merge(growth(samples, list(phrases.phrase)), on="phrase") if len(phrases) else phrases
     effects = pd.DataFrame([phrase_effect(samples, p, reward) for p in phrases.phrase[:20]]) if reward and len(phrases) else None
     return dict(best_of_k=best_of_k(samples), over_optimisation=table, gap=gap_slope(table), phrases=found, effects=effects, length=length_effect(samples), selects=not samples or any(r["selected"] for r in samples))
@@ -236,11 +249,11 @@ def gaming_report(samples:list[dict], metrics:list[dict],
 def gaming_text(report:dict, most:int=5) -> str:
     "The report in a few lines."
     curve, gap, phrases, length = (report[k] for k in ("best_of_k", "gap", "phrases", "length"))
-    lines = []
+    lines, bounds = [], f" [{gap['low']:.2f}, {gap['high']:.2f}]" if gap["low"] == gap["low"] else ""
     if len(curve):
         at = curve.set_index("k").gain
         lines.append("best of k above one sample: " + ", ".join(f"{k}: {at[k]:+.2f}" for k in (2, 4, 8, 16, 32, 64) if k in at.index))
-    if gap["peak"] is not None: lines.append(f"gap between training and held-out reward: {gap['slope']:+.2f} [{gap['low']:.2f}, {gap['high']:.2f}] standard deviations per 100 superbatches; held-out peak at superbatch {gap['peak']}")
+    if gap["peak"] is not None: lines.append(f"gap between training and held-out reward: {gap['slope']:+.2f}{bounds} standard deviations per 100 superbatches; held-out peak at superbatch {gap['peak']}")
     if length["correlation"] == length["correlation"]: lines.append(f"length and score, rank correlation within a prompt: {length['correlation']:+.2f} [{length['low']:.2f}, {length['high']:.2f}]")
     if report["selects"]: lines.append("phrases that win: " + ("; ".join(f"{r.phrase!r} in {100*r.winners:.0f} % of winners, {100*r.losers:.0f} % of the others" for r in phrases.head(most).itertuples()) or "none"))
     return "\n".join(lines)

@@ -135,7 +135,7 @@ function drawGaming() {
     const b = g.best_of_k;
     if (b.length) {
       const band = b.map(k => [Math.log2(k.k), k.high]).concat(b.map(k => [Math.log2(k.k), k.low]).reverse());
-      at.append(make("div", {class: "charts"}, chart("Best of k", "what it earns above one sample, with its 95 % interval", [{points: b.map(k => [Math.log2(k.k), k.gain]), band, colour: colour(i)}], "log2 k")));
+      at.append(make("div", {class: "charts"}, chart("Best of k", "what it earns above one sample, with its 95 % interval", [{points: b.map(k => [Math.log2(k.k), k.gain]), band: b[0].low === null ? undefined : band, colour: colour(i)}], "log2 k")));
     }
     if (g.phrases.length) at.append(table(["phrase", "of winners", "of the others", "early in the run", "late", "adjusted p of winners against others"], g.phrases.map(p => [p.phrase, percent(p.winners), percent(p.losers), percent(p.early), percent(p.late), p.q])));
   });
