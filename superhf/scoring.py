@@ -244,6 +244,7 @@ def score_file(config:ScoreConfig) -> dict:
     check_config(config)
     if not config.input or not config.output: raise UserError("score needs --input and --output")
     rows = read_rows(config.input)
+    if not rows: raise UserError(f"{config.input} is empty")
     writable(config.output)
     shaping = Shaping(config.length_penalty, "log", config.repeated_penalty, config.unfinished_penalty)
     scorer = Scorer(config.reward_model.split(","), config.combine, shaping=shaping, batch_size=config.scoring_batch_size, device=pick_device(config.device), dtype=config.dtype)
