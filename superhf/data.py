@@ -261,7 +261,7 @@ def as_prompts(given) -> list[dict]:
     rows = given.to_dict("records") if hasattr(given, "to_dict") and hasattr(given, "columns") else list(given)
     rows = [dict(prompt=r) if isinstance(r, str) else r for r in rows]
     for i, r in enumerate(rows):
-        if not (isinstance(r, Mapping) and isinstance(r.get("prompt"), str) and r["prompt"].strip()):
+        if not (isinstance(r, Mapping) and isinstance(r.get("prompt"), str)):
             raise UserError(f"prompt {i} must be a text, or a row with a text under 'prompt', got {textwrap.shorten(repr(r), 80)}")
     return [dict(source=r["source"] if isinstance(r.get("source"), str) else "prompts", prompt=r["prompt"]) for r in rows]
 
@@ -272,10 +272,10 @@ def load_prompts(spec,                       # "demo", "paper" (the four sources
                  max_characters:int|None=None # longest prompt that is kept; None = 1,024 (section 4.1), and any in a file
                 ) -> list[dict]:
     "Clean rows of `id`, `source` and `prompt`, in the order of their source."
-    if not isinstance(spec, str): return add_ids(as_prompts(spec))
-    limit, read = max_characters or (sys.maxsize if file_kind(spec) else 1024), Reader(data_dir)
-    found = [row for s in (PAPER_SOURCES if spec == "paper" else [spec]) for row in extract(s, read, prompt_column)[0]]
-    rows = add_ids(clean(found, limit)[0])
+    given, read = not isinstance(spec, str), Reader(data_dir)
+    limit = max_characters or (sys.maxsize if given or file_kind(spec) else 1024)
+    found = as_prompts(spec) if given else [row for s in (PAPER_SOURCES if spec == "paper" else [spec]) for row in extract(s, read, prompt_column)[0]]
+    spec, rows = "prompts" if given else spec, add_ids(clean(found, limit)[0])
     why = "empty" if limit == sys.maxsize else f"empty or longer than {limit} characters"
     if not rows: raise UserError(f"{spec}: no prompt is left; all are {why}")
     if len(rows) < len(found): logging.getLogger("superhf").warning(f"{spec}: {len(found) - len(rows)} of {len(found)} prompts are left out; they are {why}")
