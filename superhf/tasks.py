@@ -190,13 +190,17 @@ def with_interval(values:list[float]) -> dict:
 
 # %% ../nbs/11d_tasks.ipynb #046a3c58
 def weights_mark(name:str, revision:str|None=None,
-                 output:str="" # a file that may lie there and is none of the model's
+                 output:str="" # a file of results that may lie there and is none of the model's
                 ) -> str:
-    "What tells whether a model has changed since it was evaluated: names, sizes and times of a folder's files, but for those that no loader reads; a hub id and its revision."
+    "What tells whether a model has changed since it was evaluated: names, sizes and times of a folder's files, but for those that no loader reads, and the same of the model below adapters; a hub id and its revision."
     folder = Path(name)
     if not folder.is_dir(): return f"{name}@{revision or 'main'}"
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file() and p.suffix not in (".md", ".png") and p.name not in (output, f"{output}.part")]
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+    results = {Path(output).resolve(), Path(f"{output}.part").resolve()}
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file() and p.suffix not in (".md", ".png") and p.resolve() not in results]
+    below = folder/"adapter_config.json"
+    try: base = json.loads(below.read_text()).get("base_model_name_or_path") if below.exists() else None
+    except ValueError: base = None        # loading says what is wrong with it
+    return hashlib.sha256(repr([files, base and weights_mark(base)]).encode()).hexdigest()[:16]
 
 # %% ../nbs/11d_tasks.ipynb #ae52a41a
 @dataclass
@@ -222,7 +226,7 @@ class EvaluateConfig:
 # %% ../nbs/11d_tasks.ipynb #bba69b44
 def question(c:EvaluateConfig, model:str, task:str) -> dict:
     "What a result answers; two results with the same are the same."
-    return dict(model=model, weights=weights_mark(model, c.revision, Path(c.output).name), task=task, version=task_version(task), data=data_mark(task, c.data_dir), limit=c.limit, shots=c.shots, chat=c.chat, seed=c.seed, dtype=c.dtype)
+    return dict(model=model, weights=weights_mark(model, c.revision, c.output), task=task, version=task_version(task), data=data_mark(task, c.data_dir), limit=c.limit, shots=c.shots, chat=c.chat, seed=c.seed, dtype=c.dtype)
 
 # %% ../nbs/11d_tasks.ipynb #dc00fa6e
 def data_mark(task:str, data_dir:str) -> str:
