@@ -148,6 +148,8 @@ class SampleConfig(SamplingOptions):
     "Options of `superhf sample`."
     model: str = opt("demo", "policy: hub id, folder, or demo")
     prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, paper (the four of Table 1), or demo")
+    prompt_column: str = opt("prompt", "the prompt column of a file or a hub dataset")
+    data_dir: str|None = opt(None, "folder laid out like the hub, to read prompts from instead of the hub")
     n: int = opt(16, "completions per prompt", low=1)
     best_of: int = opt(1, "every completion is the best of this many, as the reward model sees it: best-of-n, the baseline without training", low=1)
     reward_model: str = opt("demo", "reward model for best_of: hub id, folder, demo, or module:function")
@@ -156,15 +158,18 @@ class SampleConfig(SamplingOptions):
 
 # %% ../nbs/12_cli.ipynb #3bcc053e
 def sample_rows_of(prompts:list[dict], completions, n:int) -> list[dict]:
-    "One record per completion, prompt by prompt."
-    return [dict(prompt=prompts[i//n]["prompt"], source=prompts[i//n]["source"], completion=c.text, ended=c.ended, stop=c.stop) for i, c in enumerate(completions)]
+    "One record per completion, prompt by prompt, with the columns of its prompt."
+    about = [dict(prompt=p["prompt"], source=p["source"]) | {c: v for c, v in p.items() if c not in ("id", "prompt", "source")} for p in prompts]
+    return [about[i//n] | dict(completion=c.text, ended=c.ended, stop=c.stop) for i, c in enumerate(completions)]
 
 # %% ../nbs/12_cli.ipynb #b47fffcd
-def best_ones(prompts:list[str], completions, config:SampleConfig) -> list:
-    "The best of each run of `best_of` completions."
+def best_ones(prompts:list[dict], completions, config:SampleConfig) -> list:
+    "The best of each run of `best_of` completions; `prompts` has a row for each."
     from superhf.models import pick_device
     from superhf.scoring import Scorer, select_top_k
-    scores = Scorer(config.reward_model, device=pick_device(config.device), dtype=config.reward_dtype)(prompts, [c.text for c in completions])
+    scorer = Scorer(config.reward_model, device=pick_device(config.device), dtype=config.reward_dtype)
+    scorer.learn(prompts)
+    scores = scorer([p["prompt"] for p in prompts], [c.text for c in completions])
     def best(at):
         group = slice(at, at + config.best_of)
         return at + (select_top_k(scores[group], [c.text for c in completions[group]]) or [0])[0]
@@ -189,11 +194,11 @@ def sample_command(config:SampleConfig, **_):
     from superhf.scoring import write_rows
     if not config.output: raise UserError("sample needs --output, a JSON-lines file to write")
     writable(config.output)
-    prompts = load_prompts(config.prompts)
+    prompts = load_prompts(config.prompts, config.prompt_column, config.data_dir)
     sampler = load_sampler(config.model, config)
     check_prompts(sampler, [p["prompt"] for p in prompts])
-    each = [p["prompt"] for p in prompts for _ in range(config.n*config.best_of)]
-    completions = sample_all(sampler, each, config.seed, 4*config.generation_batch_size)
+    each = [p for p in prompts for _ in range(config.n*config.best_of)]
+    completions = sample_all(sampler, [p["prompt"] for p in each], config.seed, 4*config.generation_batch_size)
     if config.best_of > 1: completions = best_ones(each, completions, config)
     write_rows(sample_rows_of(prompts, completions, config.n), config.output)
     tell(f"{len(completions)} completions of {len(prompts)} prompts in {config.output}")

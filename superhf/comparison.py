@@ -79,6 +79,8 @@ class CompareConfig(SamplingOptions):
     reward_model: str = opt("demo", "reward model: hub id, folder, demo, or module:function")
     validation_reward_model: str = opt("demo-heldout", "a second one that no policy was trained on; empty for none")
     prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, paper (the four of Table 1), or demo")
+    prompt_column: str = opt("prompt", "the prompt column of a file or a hub dataset")
+    data_dir: str|None = opt(None, "folder laid out like the hub, to read prompts from instead of the hub")
     limit: int = opt(200, "prompts, spread evenly over the sources; 0 takes all", low=0)
     n: int = opt(1, "completions per prompt", low=1)
     best_of: int = opt(0, "also best-of-n of the base with this many completions, chosen by the reward model; 0 leaves it out", low=0)
@@ -196,11 +198,12 @@ def compare_policies(c:CompareConfig) -> dict:
     "Answers of all policies with their scores, mean rewards, win rates, and the fridge question's scores by models that read texts (a function may know its own prompts only)."
     from superhf.data import load_prompts
     if c.best_of and c.best_of < 2: raise UserError(f"best_of needs at least 2 completions to choose from, got {c.best_of}; 0 leaves best-of-n out")
-    prompts, rewards, models = load_prompts(c.prompts), scorers_of(c), names_of(list(dict.fromkeys(c.model)))
+    prompts, rewards, models = load_prompts(c.prompts, c.prompt_column, c.data_dir), scorers_of(c), names_of(list(dict.fromkeys(c.model)))
     seen = trained_prompts(list(models)) if c.held_out else set()
     unseen = [p for p in prompts if p["prompt"] not in seen]
     if not unseen: raise UserError(f"the policies were trained on all {len(prompts)} prompts; give others with --prompts, or --held-out false")
     prompts, left_out = spread(unseen, c.limit, c.seed), len(prompts) - len(unseen)
+    for reward in rewards.values(): reward.learn(prompts)
     formats = formats_of(list(models), c.prompt_format)
     answers, seconds = all_answers(c, models, formats, prompts, rewards)
     tables = dict(means=means_table(answers, list(rewards)), wins=win_rates(answers, list(rewards)), fridge={part: fridge_table(r) for part, r in rewards.items() if not any(isinstance(m, FunctionReward) for m in r.rewards)})

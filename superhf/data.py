@@ -7,7 +7,7 @@ __all__ = ['SOURCES', 'PAPER_SOURCES', 'QUOTES', 'first_question', 'dialogue_not
            'harmless_base', 'helpful_base', 'red_team_attempts', 'webgpt', 'demo_prompts', 'raw_prompts',
            'unknown_source', 'extract', 'strip_prompts', 'drop_empty', 'drop_long', 'tally', 'clean', 'normalize',
            'keyed_hash', 'add_ids', 'find_duplicates', 'count_duplicates', 'drop_duplicates', 'shuffled', 'subset',
-           'split_prompts', 'leaks', 'as_prompts', 'load_prompts']
+           'split_prompts', 'leaks', 'text_of', 'as_prompts', 'load_prompts']
 
 # %% ../nbs/01_data.ipynb #253314d4
 import difflib, json, logging, re, sys, textwrap, unicodedata
@@ -18,7 +18,7 @@ from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
 from .core import UserError
-from .reading import Reader, file_kind, read_file
+from .reading import Reader, file_kind, one_question, read_file
 
 # %% ../nbs/01_data.ipynb #aac3c182
 def first_question(dialogue:str # turns that begin with "\n\nHuman:" or "\n\nAssistant:"
@@ -103,13 +103,14 @@ def raw_prompts(spec:str,     # a registered source, "demo", a file, or owner/na
                 read,         # a Reader
                 column:str    # the prompt column of a file or of a hub dataset
                ):
-    "Yield dicts with `prompt` (text or None), perhaps `source`, `id` and a `note` about what is odd."
+    "Yield dicts with `prompt` (text or None), perhaps `source`, `id`, a `note` about what is odd, and the `others` of a file's columns."
     if spec in SOURCES:
         for item in SOURCES[spec].rows(read):
             yield dict(zip(("prompt", "note"), item)) if isinstance(item, tuple) else dict(prompt=item)
     elif spec == "demo": yield from demo_prompts()
     elif file_kind(spec):
-        for row in read_file(spec, column, extra=("source", "id")): yield {**row, "prompt": row[column]}
+        for row in read_file(spec, column, extra=("source", "id"), others=True):
+            yield dict(prompt=row[column], source=row.get("source"), id=row.get("id"), others={k: v for k, v in row.items() if k not in (column, "prompt", "source", "id")})
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
         for value in read(spec, column): yield dict(prompt=value)
     else: raise UserError(unknown_source(spec))
@@ -130,7 +131,7 @@ def extract(spec:str,             # a registered source, "demo", a file, or owne
     name = SOURCES[spec].name if spec in SOURCES else Path(spec).name.split(".")[0] if file_kind(spec) else spec
     rows, odd = [], Counter()
     for raw in raw_prompts(spec, read, column):
-        row = dict(source=raw.get("source") or name, prompt=raw["prompt"] or "")
+        row = dict(source=raw.get("source") or name, prompt=raw["prompt"] or "", **raw.get("others", {}))
         if raw.get("id"): row["id"] = raw["id"]
         note = raw.get("note") or ("no text" if raw["prompt"] is None else "")
         if note: odd[row["source"], note] += 1
@@ -254,16 +255,23 @@ def leaks(train, test) -> list[dict]:
     held = {normalize(r["prompt"]) for r in test}
     return [r for r in train if normalize(r["prompt"]) in held]
 
+# %% ../nbs/01_data.ipynb #f2b6ee82
+def text_of(prompt,   # a text, or messages that are one question of the user
+            where:str # how errors call it
+           ) -> str:
+    "The text of a prompt from Python."
+    if isinstance(prompt, str): return prompt
+    if isinstance(prompt, (list, tuple)) and all(isinstance(m, Mapping) for m in prompt): return one_question(prompt, where)
+    raise UserError(f"{where} must be a text, or a row with a text under 'prompt', got {textwrap.shorten(repr(prompt), 80)}")
+
 # %% ../nbs/01_data.ipynb #ea053165
 def as_prompts(given) -> list[dict]:
-    "Prompts from Python as rows of `source` and `prompt`: an iterable of texts, or of rows with a text `prompt` (a DataFrame or a Dataset is one)."
+    "Prompts from Python as rows of `source`, `prompt` and what else they have: an iterable of texts, or of rows whose `prompt` is a text or a message (a DataFrame or a Dataset is one)."
     if isinstance(given, (str, bytes, Mapping)) or not hasattr(given, "__iter__"): raise UserError(f"prompts must be a list of texts or of rows with 'prompt', got {type(given).__name__}")
     rows = given.to_dict("records") if hasattr(given, "to_dict") and hasattr(given, "columns") else list(given)
-    rows = [dict(prompt=r) if isinstance(r, str) else r for r in rows]
-    for i, r in enumerate(rows):
-        if not (isinstance(r, Mapping) and isinstance(r.get("prompt"), str)):
-            raise UserError(f"prompt {i} must be a text, or a row with a text under 'prompt', got {textwrap.shorten(repr(r), 80)}")
-    return [dict(source=r["source"] if isinstance(r.get("source"), str) else "prompts", prompt=r["prompt"]) for r in rows]
+    rows = [r if isinstance(r, Mapping) else dict(prompt=r) for r in rows]
+    named = [dict(source=r["source"] if isinstance(r.get("source"), str) else "prompts", prompt=text_of(r.get("prompt"), f"prompt {i}")) for i, r in enumerate(rows)]
+    return [new | {k: v for k, v in r.items() if k not in new} for new, r in zip(named, rows)]
 
 # %% ../nbs/01_data.ipynb #9458fbb1
 def load_prompts(spec,                       # "demo", "paper" (the four sources of Table 1), a file, a registered source, owner/name on the hub; or what `as_prompts` takes
@@ -271,7 +279,7 @@ def load_prompts(spec,                       # "demo", "paper" (the four sources
                  data_dir=None,              # folder laid out like the hub; None reads from the hub
                  max_characters:int|None=None # longest prompt that is kept; None = 1,024 (section 4.1), and any in a file
                 ) -> list[dict]:
-    "Clean rows of `id`, `source` and `prompt`, in the order of their source."
+    "Clean rows of `id`, `source`, `prompt` and, of a file or of rows from Python, what other columns there are, in the order of their source."
     given, read = not isinstance(spec, str), Reader(data_dir)
     limit = max_characters or (sys.maxsize if given or file_kind(spec) else 1024)
     found = as_prompts(spec) if given else [row for s in (PAPER_SOURCES if spec == "paper" else [spec]) for row in extract(s, read, prompt_column)[0]]

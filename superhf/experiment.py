@@ -41,7 +41,7 @@ def split_holdout(prompts:list[dict], n:int, seed:int) -> tuple:
 def choose_prompts(config, preset:str|None=None, given=None) -> tuple:
     "The prompts that a config names, or those given, to train on and kept out; too few to stop by are refused."
     if preset in ("paper", "repaired") and config.prompts == "demo": logging.getLogger("superhf").warning(f"preset {preset} on the prompts of this package; the paper's are --prompts paper")
-    prompts, kept = split_holdout(load_prompts(config.prompts if given is None else given), config.holdout, config.seed)
+    prompts, kept = split_holdout(load_prompts(config.prompts if given is None else given, config.prompt_column, config.data_dir), config.holdout, config.seed)
     if config.stop_on == "held-out" and not kept: raise UserError(f"stop_on held-out needs held-out prompts, and {config.prompts} has too few: at most a quarter of a source is kept out")
     if len(kept) < config.holdout: logging.getLogger("superhf").warning(f"{len(kept)} of the {config.holdout} held-out prompts asked for: at most a quarter of a source is kept out")
     return prompts, kept
@@ -221,6 +221,7 @@ def make_trainer(Trainer, config, preset, run, policy=None, tokenizer=None, rewa
     if (policy is None) != (tokenizer is None): raise UserError("a policy and its tokenizer are given together")
     prompts, kept = choose_prompts(config, preset, prompts)
     rewards = load_rewards(config, reward_model, validation_reward_model)
+    for reward in rewards.values(): reward.learn(prompts + kept)
     if policy is None: policy, tokenizer = load_policy(config.model, config.dtype, config.device, config.trust_remote_code)
     trainer = Trainer(config, policy, tokenizer, rewards["reward"], prompts, rewards.get("validation"), run)
     check_prompts(trainer.sampler, [p["prompt"] for p in prompts + kept], twice=getattr(config, "repeat_prompt", False))

@@ -222,7 +222,7 @@ def length_effect(samples:list[dict]) -> dict:
     values = [v for v in values if v == v]
     if len(values) < 2: return dict(correlation=math.nan, low=math.nan, high=math.nan)
     low, high = interval(values)
-    return dict(correlation=float(np.mean(values)), low=float(low), high=float(high))
+    return dict(correlation=float(np.mean(values)), low=max(float(low), -1.0), high=min(float(high), 1.0))
 
 # %% ../nbs/06a_gaming.ipynb #6bb0ceee
 def superbatch_signs(texts:list[str], scores) -> dict:

@@ -8,8 +8,8 @@ __all__ = ['PADDED_TO', 'KNOWN_INPUT', 'ENCODERS', 'RewardSettings', 'Frame', 'p
            'encoder_path', 'quietly', 'without_dropout', 'load_backbone', 'new_reward_model', 'save_adapter',
            'save_reward_model', 'read_settings', 'whole_folder', 'read_reward_model', 'room_of', 'check_length',
            'TextReward', 'frame_of', 'text_reward', 'reward_dtype', 'load_scalar_head', 'input_kind', 'encode_texts',
-           'ClassifierScore', 'read_classifier', 'load_classifier', 'takes_names', 'FunctionReward', 'import_function',
-           'demo_folder', 'load_reward_model']
+           'ClassifierScore', 'read_classifier', 'load_classifier', 'arguments_of', 'takes_names', 'FunctionReward',
+           'teach', 'import_function', 'demo_folder', 'load_reward_model']
 
 # %% ../nbs/05_reward_models.ipynb #8789ed97
 import importlib, inspect, json, math, re, shutil, sys
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
-from .core import UserError, first_line
+from .core import UserError, first_line, patch
 from .generation import BatchSize
 from .inference import native_bfloat16
 from .models import as_dtype, in_format, package_file
@@ -383,22 +383,63 @@ def load_classifier(name:str, device="cpu", dtype="auto", batch_size:int=32, max
     return TextReward(ClassifierScore(model).to(device), tokenizer, encode, name, batch_size)
 
 # %% ../nbs/05_reward_models.ipynb #6be0fc83
-def takes_names(function) -> bool:
-    "Whether a function can be given `prompts` and `completions` by name: it names at least one of them, and takes both."
+def arguments_of(function) -> tuple[dict, bool]:
+    "The arguments of a function that can be given by name, each with whether it must be given, and whether any other is welcome (`**kwargs`)."
     try: parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError): return False
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} & {"prompts", "completions"}
-    return len(named) == 2 or bool(named) and any(p.kind is p.VAR_KEYWORD for p in parameters)
+    except (TypeError, ValueError): return {}, False
+    named = {p.name: p.default is p.empty for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+# %% ../nbs/05_reward_models.ipynb #ec566f5d
+def takes_names(function) -> bool:
+    "Whether a function is to be given `prompts` and `completions` by name: it names both, or one of them and has `**kwargs`, or begins with `completions`."
+    named, more = arguments_of(function)
+    given = {"prompts", "completions"} & set(named)
+    return len(given) == 2 or bool(given) and more or next(iter(named), "") == "completions"
 
 # %% ../nbs/05_reward_models.ipynb #151494d9
 class FunctionReward:
     "A plain Python function as a reward model with a name."
     def __init__(self, function, name:str|None=None):
         self.function, self.name = function, name or getattr(function, "__qualname__", type(function).__name__)
-        self.by_name = takes_names(function)
+        self.by_name, (self.named, self.more) = takes_names(function), arguments_of(function)
+        self.columns = [c for c in self.named if c not in ("prompts", "completions")]   # of a prompt's row, that it asks for
+        self.known = {}                                                                 # prompt -> its row
 
     def __call__(self, prompts:list, completions:list):
-        return self.function(prompts=prompts, completions=completions) if self.by_name else self.function(prompts, completions)
+        "What the function gives for these texts, and for the columns of the prompts that it asks for."
+        if not self.by_name: return self.function(prompts, completions)
+        texts = {k: v for k, v in dict(prompts=prompts, completions=completions).items() if k in self.named or self.more}
+        return self.function(**texts, **self.values(prompts))
+
+# %% ../nbs/05_reward_models.ipynb #f7c446c0
+@patch
+def learn(self:FunctionReward, rows:list[dict]):
+    "Remember the rows of prompts; one that lacks a column that the function must have, or has two values for it, is refused."
+    if not self.by_name: return
+    for r in rows:
+        asks = f"reward function {self.name} asks for {{}}, and the prompt {r['prompt'][:40]!r} has"
+        lacks = [c for c in self.columns if self.named[c] and c not in r]
+        if lacks: raise UserError(f"{asks.format(repr(lacks[0]))} only {', '.join(r)}")
+        old = self.known.setdefault(r["prompt"], r)
+        apart = [c for c in self.columns if repr(old.get(c)) != repr(r.get(c))]
+        if apart: raise UserError(f"{asks.format(repr(apart[0]))} two: {old.get(apart[0])!r} and {r.get(apart[0])!r}")
+
+# %% ../nbs/05_reward_models.ipynb #165e8985
+@patch
+def values(self:FunctionReward, prompts:list) -> dict:
+    "The columns that the function asks for, or all where it has `**kwargs`: lists of one value for each prompt."
+    rows = [self.known.get(p, {}) for p in prompts]
+    for p, r in zip(prompts, rows):
+        lacks = [c for c in self.columns if self.named[c] and c not in r]
+        if lacks: raise UserError(f"reward function {self.name} asks for {lacks[0]!r}, which is not known of the prompt {p[:40]!r}")
+    others = (c for r in rows for c in r if self.more and c not in ("prompt", "prompts", "completions"))
+    return {c: [r.get(c) for r in rows] for c in dict.fromkeys([*self.columns, *others]) if any(c in r for r in rows)}
+
+# %% ../nbs/05_reward_models.ipynb #180dff67
+def teach(reward, rows:list[dict]):
+    "Show the rows of prompts to a reward model that asks for their columns; others need none."
+    if hasattr(reward, "learn"): reward.learn(rows)
 
 # %% ../nbs/05_reward_models.ipynb #b22c0efb
 def import_function(name:str) -> FunctionReward:

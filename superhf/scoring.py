@@ -17,7 +17,7 @@ from .core import UserError, check_config, opt, writable
 from .generation import BatchSize, is_out_of_memory
 from .models import pick_device
 from .reading import is_utf8
-from .reward_models import load_reward_model
+from .reward_models import load_reward_model, teach
 
 # %% ../nbs/06_scoring.ipynb #754ab45a
 def reward_name(reward) -> str:
@@ -170,6 +170,10 @@ class Scorer:
         self.batches = BatchSize(batch_size, "scoring")
         self.name, self.parts, self.report = " + ".join(map(reward_name, self.rewards)), {}, Counter()
 
+    def learn(self, rows:list[dict]):
+        "Show the rows of prompts to those reward models that need their columns."
+        for r in self.rewards: teach(r, rows)
+
     def judge(self, prompts:list, completions:list) -> torch.Tensor:
         "Scores of every reward model for distinct pairs, `[models, n]`; counts cut rows."
         before = sum(getattr(r, "truncated", 0) for r in self.rewards)
@@ -235,7 +239,7 @@ def write_rows(rows:list, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text("".join(json.dumps({k: plain(v) for k, v in row.items()}, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    beside.write_text("".join(json.dumps({k: plain(v) for k, v in row.items()}, ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8")
     beside.replace(path)
 
 # %% ../nbs/06_scoring.ipynb #69d33498
@@ -248,6 +252,7 @@ def score_file(config:ScoreConfig) -> dict:
     writable(config.output)
     shaping = Shaping(config.length_penalty, "log", config.repeated_penalty, config.unfinished_penalty)
     scorer = Scorer(config.reward_model.split(","), config.combine, shaping=shaping, batch_size=config.scoring_batch_size, device=pick_device(config.device), dtype=config.dtype)
+    scorer.learn([{k: v for k, v in r.items() if k != "completion"} for r in rows])
     scores = scorer([r["prompt"] for r in rows], [r["completion"] for r in rows], [bool(r.get("ended", True)) for r in rows])
     write_rows([row | dict(score=s) for row, s in zip(rows, scores.tolist())], config.output)
     return dict(scorer.report) | dict(reward_model=scorer.name, output=config.output)

@@ -23,6 +23,7 @@ from .models import add_lora, trainable
 from .objectives import Reference, accumulate, checkpointing, make_optimizer, mean_kl, optimizer_step, target_ids
 from .processes import Processes
 from .prompts import get_format
+from .reward_models import load_reward_model, teach
 from .runs import RunFolder, RunLoop, peak_memory, return_memory
 from .scoring import Shaping, call_reward, penalties, select_margin, select_top_k
 
@@ -34,6 +35,8 @@ class SuperHFConfig:
     reward_model: str = opt("OpenAssistant/reward-model-deberta-v3-large-v2", "reward model: hub id, folder, demo, or module:function (section 4.3)")
     validation_reward_model: str|None = opt(None, "a second reward model that only watches; none unless set")
     prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, paper (the four of Table 1), or demo")
+    prompt_column: str = opt("prompt", "the prompt column of a file or a hub dataset; a reward function may ask for the other columns of a file")
+    data_dir: str|None = opt(None, "folder laid out like the hub, to read prompts from instead of the hub")
     prompt_order: str = opt("shuffled", "shuffled (section 4.1), or balanced: shuffled, and the sources take turns", choices=["shuffled", "balanced"])
     prompt_format: str = opt("auto", "auto, paper (section 5.1), chat (the tokenizer's template), or a text with {prompt}")
     output_dir: str = opt("runs/superhf", "folder of the run")
@@ -252,7 +255,8 @@ class Ground(RunLoop):
         "What every method needs: policy, sampler, reward models, prompts."
         self.tokenizer, self.prompts = tokenizer, as_prompts(prompts)
         if not self.prompts: raise UserError("there are no prompts to train on")
-        self.reward_model, self.validation_reward_model = reward_model, validation_reward_model
+        self.reward_model, self.validation_reward_model = (load_reward_model(r) if callable(r) else r for r in (reward_model, validation_reward_model))
+        for r in (self.reward_model, self.validation_reward_model): teach(r, self.prompts)
         self.policy = add_lora(policy, self.config.lora_rank, seed=self.config.seed) if self.config.lora_rank else policy
         self.format = get_format(self.config.prompt_format, tokenizer)
         self.sampler = make_sampler(self.config, self.policy, tokenizer, self.format, self.processes.in_shards)
