@@ -76,7 +76,7 @@ def win_rates(answers:dict, rewards:list[str]) -> pd.DataFrame:
 class CompareConfig(SamplingOptions):
     "Options of `superhf compare`."
     model: list[str] = opt(["demo"], "policies: hub ids, folders, or demo; the first is the base")
-    reward_model: str = opt("demo", "reward model: hub id, folder, demo, or module:function")
+    reward_model: str = opt("demo", "reward model: hub id, folder, demo, or module:function; of several with commas between, the mean")
     validation_reward_model: str = opt("demo-heldout", "a second one that no policy was trained on; empty for none")
     prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, paper (the four of Table 1), or demo")
     prompt_column: str = opt("prompt", "the prompt column of a file or a hub dataset")

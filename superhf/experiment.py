@@ -49,7 +49,7 @@ def choose_prompts(config, preset:str|None=None, given=None) -> tuple:
 # %% ../nbs/11b_experiment.ipynb #c3864479
 def load_rewards(config, reward_model=None, validation_reward_model=None) -> dict:
     "The reward model and, when there is one, the validation reward model, as given or by the config; by their names in tables."
-    load = lambda model: Scorer(model, batch_size=config.scoring_batch_size, device=pick_device(config.device), dtype=config.reward_dtype)
+    load = lambda model: Scorer(model, config.combine, batch_size=config.scoring_batch_size, device=pick_device(config.device), dtype=config.reward_dtype)
     rewards, watch = dict(reward=load(reward_model or config.reward_model)), validation_reward_model or config.validation_reward_model
     return rewards | dict(validation=load(watch)) if watch else rewards
 

@@ -192,7 +192,8 @@ class PPOConfig:
     whiten_rewards: bool = opt(False, "divide rewards by their deviation over the batch; an option of the authors' fork")
     # the same as for SuperHF
     model: str = opt("theblackcat102/pythia-1b-deduped-sft", "policy: hub id, folder, or demo (section 4.3)")
-    reward_model: str = opt("OpenAssistant/reward-model-deberta-v3-large-v2", "reward model: hub id, folder, demo, or module:function (section 4.3)")
+    reward_model: str = opt("OpenAssistant/reward-model-deberta-v3-large-v2", "reward model: hub id, folder, demo, or module:function; several with commas between are an ensemble (section 4.3)")
+    combine: str = opt("mean", "how several reward models become one score; mean-std takes their standard deviation from the mean", choices=["mean", "min", "mean-std"])
     validation_reward_model: str|None = opt(None, "a second reward model that only watches; none unless set")
     prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, paper (the four of Table 1), or demo")
     prompt_column: str = opt("prompt", "the prompt column of a file or a hub dataset; a reward function may ask for the other columns of a file")

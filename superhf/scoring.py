@@ -156,14 +156,14 @@ def scored_in_batches(reward, prompts:list, completions:list, batches:BatchSize)
 # %% ../nbs/06_scoring.ipynb #b3e260ab
 class Scorer:
     "Reward models, an ensemble rule and shaping as one call over flat lists; `parts` and `report` tell what went into it."
-    def __init__(self, rewards,                 # a reward model or a list of them, loaded or by name
+    def __init__(self, rewards,                 # a reward model or a list of them, loaded or by name; a text may name several with commas between
                  combine:str="mean",            # how several become one: "mean", "min", "mean-std"
                  weights=None,                  # of the reward models; None = equal
                  c:float=1.0,                   # weight of the disagreement in "mean-std"
                  shaping:Shaping|None=None,     # penalties; None = none
                  batch_size:int=32,             # completions in a batch (Table 2: 32)
                  **loading):                    # passed to `load_reward_model`: device, dtype, max_length
-        rewards = rewards if isinstance(rewards, (list, tuple)) else [rewards]
+        rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [r for r in rewards.split(",") if r] if isinstance(rewards, str) else [rewards]
         if not rewards: raise UserError("need at least one reward model")
         self.rewards = [load_reward_model(r, batch_size=batch_size, **loading) for r in rewards]
         self.combine, self.weights, self.c, self.shaping = combine, weights, c, shaping or Shaping()
@@ -251,7 +251,7 @@ def score_file(config:ScoreConfig) -> dict:
     if not rows: raise UserError(f"{config.input} is empty")
     writable(config.output)
     shaping = Shaping(config.length_penalty, "log", config.repeated_penalty, config.unfinished_penalty)
-    scorer = Scorer(config.reward_model.split(","), config.combine, shaping=shaping, batch_size=config.scoring_batch_size, device=pick_device(config.device), dtype=config.dtype)
+    scorer = Scorer(config.reward_model, config.combine, shaping=shaping, batch_size=config.scoring_batch_size, device=pick_device(config.device), dtype=config.dtype)
     scorer.learn([{k: v for k, v in r.items() if k != "completion"} for r in rows])
     scores = scorer([r["prompt"] for r in rows], [r["completion"] for r in rows], [bool(r.get("ended", True)) for r in rows])
     write_rows([row | dict(score=s) for row, s in zip(rows, scores.tolist())], config.output)
