@@ -111,6 +111,7 @@ def raw_prompts(spec:str,     # a registered source, "demo", a file, or owner/na
     elif file_kind(spec):
         for row in read_file(spec, column, extra=("source", "id"), others=True):
             yield dict(prompt=row[column], source=row.get("source"), id=row.get("id"), others={k: v for k, v in row.items() if k not in (column, "prompt", "source", "id")})
+    elif Path(spec).is_file(): raise UserError(f"{spec}: unknown kind of file; use .jsonl, .csv, .parquet or .txt")
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
         for value in read(spec, column): yield dict(prompt=value)
     else: raise UserError(unknown_source(spec))

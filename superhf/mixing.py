@@ -129,7 +129,7 @@ def format_table(table,       # list of dicts with the same keys
 @dataclass
 class DataConfig:
     "Options of `superhf data`: sources, steps, mix and output (section 4.1, Table 1)."
-    sources: list[str] = opt(PAPER_SOURCES, "prompt sources: registered names, demo, files, or owner/name of hub datasets; the default is Table 1's")
+    sources: list[str] = opt(PAPER_SOURCES, "prompt sources: registered names, demo, files, or owner/name of hub datasets; paper stands for the four of Table 1, the default")
     data_dir: str|None = opt(None, "folder laid out like the hub, to read from instead of the hub")
     split: str = opt("auto", "split of the hub's datasets: auto (train where there is one, else what is there), all, or a name")
     prompt_column: str = opt("prompt", "column that holds the prompt, in files and hub datasets of your own")
@@ -144,6 +144,8 @@ class DataConfig:
     output: str|None = opt(None, "file to write the mix to, .jsonl or .parquet")
     figure: str|None = opt(None, "file to draw the mix to, .png, .pdf or .svg")
     format: str = opt("text", "how Table 1 is printed", choices=["text", "markdown", "csv", "latex"])
+
+    def __post_init__(self): self.sources = [s for name in self.sources for s in (PAPER_SOURCES if name == "paper" else [name])]
 
 # %% ../nbs/01_mixing.ipynb #35a9b95e
 def check_data_config(config:DataConfig) -> DataConfig:

@@ -109,7 +109,8 @@ def model_source(name:str) -> str:
     path = Path(at_home(name))
     if path.is_dir():
         if not any((path/f).exists() for f in ("config.json", "adapter_config.json")):
-            raise UserError(f"model folder {name!r} has no config.json; give a folder written by save_pretrained, a hub id, or demo")
+            inside = f"the model of this run is {name.rstrip('/')}/model" if (path/"model"/"config.json").exists() else "give a folder written by save_pretrained, a hub id, or demo"
+            raise UserError(f"model folder {name!r} has no config.json; {inside}")
         return str(path)
     if path.exists(): raise UserError(f"model {name!r} is a file; give the folder that holds it, a hub id, or demo")
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name: raise UserError(f"model folder {name!r} does not exist; give an existing folder, a hub id, or demo")

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['REWARD_PRESETS', 'RewardTrainingConfig', 'settle', 'Group', 'Examples', 'batches', 'pair_loss', 'ranking_loss',
            'batch_loss', 'rewards_of', 'add_adapters', 'new_student', 'some_of_each', 'Validation', 'rate', 'Student',
-           'RewardTrainer', 'read_training_data', 'check_folder', 'train_reward', 'reward_preset']
+           'RewardTrainer', 'read_training_data', 'check_folder', 'remarks', 'train_reward', 'reward_preset']
 
 # %% ../nbs/10_reward_modelling.ipynb #614ecdfe
-import json, math, time, warnings
+import json, logging, math, time, warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -346,6 +346,16 @@ def check_folder(config:RewardTrainingConfig):
         raise UserError(f"{str(folder)!r} already holds a reward model or its training; go on with --resume, or name another --output-dir")
     RunFolder(folder).check_free()
 
+# %% ../nbs/10_reward_modelling.ipynb #8fe3016d
+def remarks(config:RewardTrainingConfig, rows:int, # scored completions and sides of pairs to train on
+            validated:int                          # the same for validation
+           ) -> list[str]:
+    "What a user of few rows should know: how often they are gone through, and whether anything watches."
+    passes, found = config.steps*config.batch_rows/rows, []
+    if passes > 10: found.append(f"{rows} rows are gone through {passes:.0f} times in {config.steps} steps; --steps {max(1, round(3*rows/config.batch_rows))} goes through them three times")
+    if not validated: found.append(f"nothing is kept for validation: no prompt has its hash in [{config.valid_low}, {config.valid_high})")
+    return found
+
 # %% ../nbs/10_reward_modelling.ipynb #663bdcdb
 def train_reward(config:RewardTrainingConfig) -> dict:
     "Train a reward model and write it to `output_dir`; the report that is also stored beside it."
@@ -355,6 +365,7 @@ def train_reward(config:RewardTrainingConfig) -> dict:
     if not len(scored) and not pairs:
         found = "; found " + ", ".join(f"{n} {what}" for what, n in report.items() if n) if any(report.values()) else ""
         raise UserError(f"nothing to train on: give scores, pairs, or both, with prompts whose hash is in [{config.train_low}, {config.train_high}){found}")
+    for remark in remarks(config, len(scored) + 2*len(pairs), len(valid) + len(valid_pairs)): logging.getLogger("superhf").warning(remark)
     model, tokenizer, encode = new_student(config, scored.score)
     examples = Examples(encode, scored, pairs, report)
     trainer = RewardTrainer(config, model, tokenizer, examples, Validation(encode, some_of_each(valid, config.validation_rows), valid_pairs))
