@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['default_of', 'arguments', 'add_options', 'Command', 'make_parser', 'say', 'options_in', 'files_first', 'parse',
            'run_config', 'refuse_changes', 'train_command', 'ppo_command', 'SampleConfig', 'sample_rows_of',
-           'best_ones', 'sample_all', 'sample_command', 'data_command', 'score_command', 'train_reward_command',
-           'sweep_command', 'evaluation_commands', 'commands', 'usage', 'quiet', 'named_first', 'main']
+           'best_ones', 'sample_command', 'data_command', 'score_command', 'train_reward_command', 'sweep_command',
+           'evaluation_commands', 'commands', 'usage', 'quiet', 'named_first', 'main']
 
 # %% ../nbs/12_cli.ipynb #9e2a0b6b
 import argparse, itertools, logging, re, sys, typing, warnings
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, MISSING
 from pathlib import Path
 from . import __version__
 from .core import Interrupted, UserError, config_from, opt, options_of, tell, type_name, unknown_option, writable
-from .generation import SamplingOptions, check_prompts, load_sampler
+from .generation import SamplingOptions, check_prompts, load_sampler, sample_all
 
 # %% ../nbs/12_cli.ipynb #3f4b69c2
 def default_of(field):
@@ -175,18 +175,6 @@ def best_ones(prompts:list[dict], completions, config:SampleConfig) -> list:
         return at + (select_top_k(scores[group], [c.text for c in completions[group]]) or [0])[0]
     return [completions[best(at)] for at in range(0, len(completions), config.best_of)]
 
-# %% ../nbs/12_cli.ipynb #d1c5bfb7
-def sample_all(sampler, prompts:list[str], seed:int, at_once:int) -> list:
-    "One completion for every prompt, `at_once` at a time, with a progress bar; the same completions as in one call."
-    from tqdm.auto import tqdm
-    found = []
-    with tqdm(total=len(prompts), desc="sampling", unit="completion", dynamic_ncols=True) as bar:
-        for start in range(0, len(prompts), at_once):
-            part = list(range(start, min(start + at_once, len(prompts))))
-            found += sampler([prompts[i] for i in part], seed, step=0, indices=part)
-            bar.update(len(part))
-    return found
-
 # %% ../nbs/12_cli.ipynb #edac1e00
 def sample_command(config:SampleConfig, **_):
     "`superhf sample`: n completions of every prompt, written beside and then renamed."
@@ -198,7 +186,7 @@ def sample_command(config:SampleConfig, **_):
     sampler = load_sampler(config.model, config)
     check_prompts(sampler, [p["prompt"] for p in prompts])
     each = [p for p in prompts for _ in range(config.n*config.best_of)]
-    completions = sample_all(sampler, [p["prompt"] for p in each], config.seed, 4*config.generation_batch_size)
+    completions = sample_all(sampler, [p["prompt"] for p in each], config.seed)
     if config.best_of > 1: completions = best_ones(each, completions, config)
     write_rows(sample_rows_of(prompts, completions, config.n), config.output)
     tell(f"{len(completions)} completions of {len(prompts)} prompts in {config.output}")

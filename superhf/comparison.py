@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import UserError, opt, tell, writable
 from .evaluation import best_of_n, bootstrap_interval, held_out, prompt_means
-from .generation import SamplingOptions, check_prompts, load_sampler
+from .generation import SamplingOptions, check_prompts, load_sampler, sample_all
 from .models import at_home
 from .paper_tables import FRIDGE_PROMPT, fridge_table
 from .reward_models import FunctionReward
@@ -152,7 +152,7 @@ def answers_of(c:CompareConfig, name:str, format:str, prompts:list[dict], reward
     check_prompts(sampler, [p["prompt"] for p in prompts])
     def timed(*args, **kwargs):
         start = time.perf_counter()
-        try: return sampler(*args, **kwargs)
+        try: return sample_all(sampler, *args, **kwargs, label=name)
         finally: seconds.append(time.perf_counter() - start)
     return held_out(timed, rewards, prompts, n, c.seed), sum(seconds)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Completion', 'StopRule', 'unfit', 'check_architecture', 'prefill', 'Batch', 'read_prompts', 'forward', 'propose_next',
            'take', 'Graphs', 'advance', 'decode_rows', 'is_out_of_memory', 'BatchSize', 'token_limit', 'check_room',
-           'Sampler', 'check_prompts', 'SamplingOptions', 'sampling_config', 'load_sampler']
+           'Sampler', 'check_prompts', 'SamplingOptions', 'sampling_config', 'load_sampler', 'sample_all']
 
 # %% ../nbs/04_generation.ipynb #c0741247
 import math
@@ -390,3 +390,18 @@ def load_sampler(model:str,               # policy: hub id, folder, or demo
     format = get_format(prompt_format or options.prompt_format, tokenizer)
     ready, _ = for_sampling(policy, sampling_dtype(options.sampling_dtype, policy))
     return Sampler(ready, tokenizer, format, sampling_config(options), options.generation_batch_size, dtype="policy")
+
+# %% ../nbs/04_generation.ipynb #510eaf9a
+def sample_all(sampler:Sampler, prompts:list[str], seed:int=0, step:int=0,
+               indices:list[int]|None=None, # of the completions; counted from 0 unless given
+               label:str="sampling"         # what the bar is called
+              ) -> list[Completion]:
+    "One completion for every prompt, four batches at a time, with a progress bar."
+    from tqdm.auto import tqdm
+    found, at_once, indices = [], 4*sampler.batches.size, list(range(len(prompts))) if indices is None else indices
+    with tqdm(total=len(prompts), desc=label, unit="completion", dynamic_ncols=True) as bar:
+        for start in range(0, len(prompts), at_once):
+            part = slice(start, start + at_once)
+            found += sampler(prompts[part], seed, step, indices=indices[part])
+            bar.update(len(prompts[part]))
+    return found

@@ -145,7 +145,8 @@ class DataConfig:
     figure: str|None = opt(None, "file to draw the mix to, .png, .pdf or .svg")
     format: str = opt("text", "how Table 1 is printed", choices=["text", "markdown", "csv", "latex"])
 
-    def __post_init__(self): self.sources = [s for name in self.sources for s in (PAPER_SOURCES if name == "paper" else [name])]
+    def __post_init__(self):
+        if isinstance(self.sources, list): self.sources = [s for name in self.sources for s in (PAPER_SOURCES if name == "paper" else [name])]
 
 # %% ../nbs/01_mixing.ipynb #35a9b95e
 def check_data_config(config:DataConfig) -> DataConfig:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['reward_name', 'as_scores', 'short', 'blame', 'call_reward', 'eligible', 'select_top_k', 'select_per_prompt',
            'select_percentile', 'select_margin', 'combine_scores', 'Shaping', 'repeated_share', 'penalties',
-           'scored_in_batches', 'Scorer', 'as_chance', 'ScoreConfig', 'read_rows', 'write_rows', 'score_file']
+           'scored_in_batches', 'Scorer', 'as_chance', 'ScoreConfig', 'json_rows', 'read_rows', 'write_rows',
+           'score_file']
 
 # %% ../nbs/06_scoring.ipynb #5ab028e3
 import json, math, os
@@ -16,7 +17,7 @@ import torch
 from .core import UserError, check_config, opt, writable
 from .generation import BatchSize, is_out_of_memory
 from .models import pick_device
-from .reading import is_utf8
+from .reading import file_kind, is_utf8, read_file
 from .reward_models import load_reward_model, teach
 
 # %% ../nbs/06_scoring.ipynb #754ab45a
@@ -205,7 +206,7 @@ def as_chance(scores) -> torch.Tensor:
 class ScoreConfig:
     "Options of `superhf score`."
     reward_model: str = opt("demo", "reward model: demo, demo-heldout, folder, hub id or module:function; several with commas between are an ensemble")
-    input: str = opt("", "JSON-lines file with prompt and completion (and ended) on each line")
+    input: str = opt("", "JSON-lines, CSV or Parquet file with prompt and completion (and ended) in each row")
     output: str = opt("", "JSON-lines file to write: the same lines with a score")
     combine: str = opt("mean", "how several reward models become one score", choices=["mean", "min", "mean-std"])
     length_penalty: float = opt(0.0, "times ln(1 + characters) is taken from the score", low=0)
@@ -216,20 +217,26 @@ class ScoreConfig:
     device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
 
 # %% ../nbs/06_scoring.ipynb #ee66f12a
-def read_rows(path) -> list[dict]:
-    "The lines of a JSON-lines file, each with `prompt` and `completion` as texts; `UserError` naming the first line that is not so."
+def json_rows(path) -> list[tuple]:
+    "(where, row) of every line of a JSON-lines file; `UserError` naming the first line that is not JSON."
     try: lines = Path(path).read_text(encoding="utf-8-sig").split("\n")     # JSON may hold U+2028 and its like
     except (OSError, UnicodeDecodeError) as e: raise UserError(f"cannot read {str(path)!r}: {e}") from e
     rows = []
     for number, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        try: row = json.loads(line)
+        try: rows += [(f"{path}, line {number}", json.loads(line))] if line.strip() else []
         except ValueError as e: raise UserError(f"{path}, line {number}: not JSON: {e}") from e
-        for key in ("prompt", "completion"):
-            if not isinstance(row, dict) or not isinstance(row.get(key), str): raise UserError(f"{path}, line {number}: needs a text {key!r}")
-            if not is_utf8(row[key]): raise UserError(f"{path}, line {number}: {key!r} holds half of a surrogate pair, which is no letter")
-        rows.append(row)
     return rows
+
+# %% ../nbs/06_scoring.ipynb #06fef4cc
+def read_rows(path) -> list[dict]:
+    "The rows of a JSON-lines, CSV or Parquet file, each with `prompt` and `completion` as texts; `UserError` naming the first that is not so."
+    table = file_kind(path) in ("csv", "parquet")
+    found = [(f"{path}, row {i}", r) for i, r in enumerate(read_file(path, "completion", ("prompt",), others=True), 1)] if table else json_rows(path)
+    for where, row in found:
+        for key in ("prompt", "completion"):
+            if not isinstance(row, dict) or not isinstance(row.get(key), str): raise UserError(f"{where}: needs a text {key!r}")
+            if not is_utf8(row[key]): raise UserError(f"{where}: {key!r} holds half of a surrogate pair, which is no letter")
+    return [row for _, row in found]
 
 # %% ../nbs/06_scoring.ipynb #8d690667
 def write_rows(rows:list, path):
