@@ -144,7 +144,9 @@ class Endless:
     "A stop rule by which nothing ends before the token limit."
     def __init__(self, rule): self.tokenizer, self.eos = rule.tokenizer, set()
     def __call__(self, ids): return ""
-    def complete(self, ids, stop, logprobs=None): return Completion(ids, self.tokenizer.decode(ids, skip_special_tokens=True).strip(), False, "length", logprobs)
+    def complete(self, ids, stop, logprobs=None):
+        "All ids as a completion that met the limit."
+        return Completion(ids, self.tokenizer.decode(ids, skip_special_tokens=True).strip(), False, "length", logprobs)
 
 # %% ../nbs/14_benchmark.ipynb #8856652d
 def prompt_of(format, tokenizer, tokens:int) -> str:

@@ -171,6 +171,7 @@ def best_ones(prompts:list[dict], completions, config:SampleConfig) -> list:
     scorer.learn(prompts)
     scores = scorer([p["prompt"] for p in prompts], [c.text for c in completions])
     def best(at):
+        "Where the best of the completions from `at` on is."
         group = slice(at, at + config.best_of)
         return at + (select_top_k(scores[group], [c.text for c in completions[group]]) or [0])[0]
     return [completions[best(at)] for at in range(0, len(completions), config.best_of)]

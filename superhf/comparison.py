@@ -42,6 +42,7 @@ def means_table(answers:dict,    # name of the policy -> records of `superhf.eva
 def wins_by_prompt(first:list[dict], second:list[dict], reward:str) -> np.ndarray:
     "For every prompt the share of pairs of answers of which the first policy's is better; a tie counts half, answers without a score not at all."
     def scores(records):
+        "Scores by source and prompt."
         found = {}
         for r in records: found.setdefault((r["source"], r["prompt"]), []).append(r[reward])
         return found
@@ -151,6 +152,7 @@ def answers_of(c:CompareConfig, name:str, format:str, prompts:list[dict], reward
     sampler, seconds = load_sampler(name, c, format), []
     check_prompts(sampler, [p["prompt"] for p in prompts])
     def timed(*args, **kwargs):
+        "Sample, and note the seconds."
         start = time.perf_counter()
         try: return sample_all(sampler, *args, **kwargs, label=name)
         finally: seconds.append(time.perf_counter() - start)

@@ -77,7 +77,9 @@ def best_of_n(records:list[dict], # of `held_out`, with at least n completions o
     groups = {}
     for r in records: groups.setdefault((r["source"], r["prompt"]), []).append(r)
     if any(len(g) < n for g in groups.values()): raise UserError(f"best of {n} needs {n} completions of every prompt, and there are only {min(map(len, groups.values()))}")
-    def best(g): return g[(select_top_k([math.nan if r[by] is None else r[by] for r in g], [r["completion"] for r in g]) or [0])[0]]
+    def best(g):
+        "The record of a prompt that the method would choose."
+        return g[(select_top_k([math.nan if r[by] is None else r[by] for r in g], [r["completion"] for r in g]) or [0])[0]]
     return [best(g[:n]) for g in groups.values()]
 
 # %% ../nbs/11_evaluation.ipynb #14287d04

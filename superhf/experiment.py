@@ -138,6 +138,7 @@ def save_model(run, trainer, card:str, weights:dict|None=None):
     "The final policy and tokenizer, loadable with `from_pretrained`, with card and curve; `weights` where the policy is in shards."
     policy = trainer.policy.merge_and_unload() if hasattr(trainer.policy, "merge_and_unload") else trainer.policy
     def write(folder):
+        "Fill the folder."
         policy.save_pretrained(folder, state_dict=weights)
         trainer.tokenizer.save_pretrained(folder)
         (folder/"README.md").write_text(card)

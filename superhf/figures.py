@@ -58,7 +58,8 @@ def table_of(path, file:str="metrics", needs:tuple=()) -> pd.DataFrame:
 # %% ../nbs/11f_figures.ipynb #10ddc52a
 def check_same_reward(paths):
     "Refuse to average runs that were trained with different reward models."
-    used = {str(p): str(RunFolder(p).read_config()["config"]["reward_model"]) for p in paths}
+    of = lambda c: f"{c['reward_model']}" + f" ({c.get('combine')})"*("," in str(c["reward_model"]))
+    used = {str(p): of(RunFolder(p).read_config()["config"]) for p in paths}
     if len(set(used.values())) > 1: raise UserError("rewards of different reward models cannot be drawn as one: " + ", ".join(f"{p} has {m}" for p, m in used.items()))
 
 # %% ../nbs/11f_figures.ipynb #2d856ad6
@@ -110,7 +111,7 @@ def over_kl_figure(path, ax=None, smooth:float=0.8):
     ax = new_axes(ax, xlabel="√KL from the starting policy (KL in nats per token)", ylabel="reward")
     for i, (column, name) in enumerate(zip(columns, ("training reward", "held-out reward"))):
         s = t if smooth == 0 else t.sort_values("kl")      # evaluations are joined in the order in which they came
-        ax.plot(np.sqrt(t.kl.clip(lower=0)), t[column], ".", color=COLOURS[i], alpha=0.3 if smooth else 1, markersize=4 if smooth else 6)
+        ax.plot(np.sqrt(t.kl.clip(lower=0)), t[column], ".", color=COLOURS[i], alpha=0.3 if smooth else 1, markersize=4 if smooth else 6, label=f"{name}, each record" if smooth else None)
         ax.plot(np.sqrt(s.kl.clip(lower=0)), s[column].ewm(alpha=1 - smooth).mean(), color=COLOURS[i], linestyle=DASHES[i], label=name + (f", moving average ({smooth:g})" if smooth else ""))
     ax.legend(frameon=False, fontsize=8)
     return ax

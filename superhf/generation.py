@@ -340,6 +340,7 @@ def __call__(self:Sampler, prompts:list[str],      # one per completion; repeat 
     encoded = {p: self.format.encode(p, self.tokenizer) for p in dict.fromkeys(prompts)}
     with decoding(self.model()) as model:
         def work(rows):
+            "The completions of these rows, decoded side by side."
             ids = [encoded[prompts[r]] for r in rows]
             return decode_rows(self.room_for(model, ids), ids, np.stack([uniforms(seed, step, indices[r], n) for r in rows]), self.rule, logprobs)
         return self.batches.run(work, list(range(len(prompts))))

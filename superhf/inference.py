@@ -23,6 +23,7 @@ class RowLayer(CacheLayerMixin):
         self.rows, self.room, self.column, self.n = rows, room, column, rows
 
     def lazy_initialization(self, keys, values):
+        "Buffers for all rows and columns, made when the first keys and values are seen."
         buffer = lambda x: x.new_zeros(self.rows, x.shape[1], self.room, x.shape[3])
         self.keys, self.values, self.is_initialized = buffer(keys), buffer(values), True
 
@@ -42,10 +43,14 @@ class RowLayer(CacheLayerMixin):
         "Copy rows `source` over rows `to`."
         for buffer in (self.keys, self.values): buffer[to] = buffer[source]
 
-    def get_seq_length(self): return self.room
-    def get_max_length(self): return self.room
-    get_max_cache_shape = get_max_length    # its name in older releases
-    def get_mask_sizes(self, query_length): return self.room, 0
+    def get_seq_length(self):
+        "Columns that transformers is to attend to: all of the buffer; the mask says which count."
+        return self.room
+    get_max_length = get_max_cache_shape = get_seq_length    # the second is the name in older releases
+
+    def get_mask_sizes(self, query_length):
+        "Columns of the mask, and the column at which it begins."
+        return self.room, 0
 
 # %% ../nbs/03b_inference.ipynb #2b00fef7
 def fill_holes(alive:list[bool] # which rows go on
@@ -116,7 +121,9 @@ class Packed:
 class PackedLinear(nn.Module):
     "Stands for one linear layer of a `Packed`."
     def __init__(self, packed:Packed, i:int=0): super().__init__(); self.packed, self.i = packed, i
-    def forward(self, x): return self.packed.part(self.i, x)
+    def forward(self, x):
+        "This layer's part of the product."
+        return self.packed.part(self.i, x)
 
 # %% ../nbs/03b_inference.ipynb #eae4389d
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

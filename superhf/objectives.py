@@ -153,6 +153,7 @@ class Reference:
         return self.copy.model if self.copy else lambda **inputs: self.without_adapters(policy, inputs)
 
     def without_adapters(self, policy, inputs):
+        "What the policy would say without its adapters."
         with policy.disable_adapter(): return policy(**inputs)
 
 # %% ../nbs/08a_objectives.ipynb #56092dc1
@@ -169,7 +170,9 @@ def mean_kl(policy, reference, rows:list[tuple], batch:BatchSize, pad:int) -> fl
 def at_rest(layer, checkpoint):
     "The function `checkpoint` by which a layer is computed and computed again; the layer is in eval mode for that time."
     def checkpointed(compute, *args, **kwargs):
+        "`checkpoint` of a layer that rests."
         def resting(*inputs, **more):
+            "Compute the layer in eval mode."
             layer.training = False
             try: return compute(*inputs, **more)
             finally: layer.training = True

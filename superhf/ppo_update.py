@@ -56,6 +56,7 @@ def read_positions(policy,                       # a causal language model
     "Logits [N, vocabulary] and last hidden states [N, size] at these positions, row by row."
     seen = []
     def choose(head, args):
+        "Give the head the chosen positions alone, and remember them."
         seen.append(args[0][:, :-1][at])
         return (seen[0][None], *args[1:])
     hook = policy.get_output_embeddings().register_forward_pre_hook(choose)

@@ -146,6 +146,7 @@ def order_within(x, y,       # two scores for each completion
     "Mean over prompts of the share of pairs of completions that both scores put in the same order; pairs that `y` ties are left out, ties of `x` count half."
     table = pd.DataFrame(dict(x=np.asarray(x, float), y=np.asarray(y, float), p=list(prompts)))
     def share(g):
+        "The share of one prompt."
         dx, dy = (np.subtract.outer(v.to_numpy(), v.to_numpy()) for v in (g.x, g.y))
         i, j = np.triu_indices(len(g), 1)
         agree = (np.sign(dx[i, j]) * np.sign(dy[i, j]) + 1) / 2

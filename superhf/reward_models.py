@@ -270,7 +270,9 @@ class TextReward:
         self.rows = self.truncated = 0
 
     @property
-    def device(self): return next(self.model.parameters()).device
+    def device(self):
+        "Where the network is."
+        return next(self.model.parameters()).device
 
     @torch.inference_mode()
     def __call__(self, prompts:list, completions:list) -> torch.Tensor:
@@ -349,6 +351,7 @@ class ClassifierScore(nn.Module):
         self.classifier, self.typed = classifier, getattr(classifier.config, "type_vocab_size", 0) > 1
 
     def forward(self, input_ids, attention_mask, token_type_ids=None):
+        "Scores `[rows]`: the one output, or of two the second's lead over the first."
         more = dict(token_type_ids=token_type_ids) if self.typed else {}
         logits = self.classifier(input_ids=input_ids, attention_mask=attention_mask, **more).logits.float()
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]

@@ -233,6 +233,7 @@ def interrupts(impatient:bool=True): # whether a second signal ends at once
     "A list that holds the signals that asked for an end; a second one raises KeyboardInterrupt."
     asked = []
     def ask(number, frame):
+        "Take note of a signal."
         if asked and impatient: raise KeyboardInterrupt
         if asked: return
         asked.append(number)

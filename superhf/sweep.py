@@ -215,6 +215,7 @@ def run_sweep(config:SweepConfig) -> pd.DataFrame:
     runs, command = plan(sweep), method_of(sweep)[2]
     if config.dry_run: return pd.DataFrame([r["setting"] | dict(seed=r["seed"], state=state_of(r)) for r in runs])
     def work(run):
+        "Do one run, and tell how it ended."
         error = run_one(run, command)
         tell(f"{run['name']}: {error or 'finished'}")
         return error
