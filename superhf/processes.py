@@ -10,7 +10,7 @@ import atexit, logging, os
 from contextlib import contextmanager
 from datetime import timedelta
 import torch
-from .core import UserError
+from .core import UserError, patch
 
 # %% ../nbs/06b_processes.ipynb #816ef288
 def share(n:int, rank:int, size:int) -> range:
@@ -72,37 +72,46 @@ class Processes:
         "Which of `n` things this process takes care of."
         return list(share(n, self.rank, self.size))
 
-    def gather(self, items:list) -> list:
-        "The items of all processes, in the order of the processes; they may have different numbers of them, or none."
-        if self.size == 1: return items
-        found = [None]*self.size
-        with self.waiting(): torch.distributed.all_gather_object(found, items)
-        return [x for part in found for x in part]
-
     def any(self, flag:bool) -> bool:
         "Whether it is true for at least one process."
         return any(self.gather([bool(flag)]))
 
-    def rows(self, rows:list) -> list:
-        "Its share of the rows to fine-tune on."
-        return rows[self.rank::self.size]
+# %% ../nbs/06b_processes.ipynb #4f3fbec2
+@patch
+def gather(self:Processes, items:list) -> list:
+    "The items of all processes, in the order of the processes; they may have different numbers of them, or none."
+    if self.size == 1: return items
+    found = [None]*self.size
+    with self.waiting(): torch.distributed.all_gather_object(found, items)
+    return [x for part in found for x in part]
 
-    def sums(self, mine:dict) -> list[dict]:
-        "The sums over everybody's rows."
-        return self.gather([mine])
+# %% ../nbs/06b_processes.ipynb #de1efa07
+@patch
+def rows(self:Processes, rows:list) -> list:
+    "Its share of the rows to fine-tune on."
+    return rows[self.rank::self.size]
 
-    def add_gradients(self, parameters):
-        "Add up the gradients of all processes; one that had no rows counts as zero."
-        if self.size == 1: return
-        for p in parameters:
-            if p.grad is None: p.grad = torch.zeros_like(p)
-            with self.waiting(): torch.distributed.all_reduce(p.grad)
+@patch
+def sums(self:Processes, mine:dict) -> list[dict]:
+    "The sums over everybody's rows."
+    return self.gather([mine])
 
-    def spread(self, policy):
-        "The policy as these processes hold it: whole."
-        return policy
+@patch
+def add_gradients(self:Processes, parameters):
+    "Add up the gradients of all processes; one that had no rows counts as zero."
+    if self.size == 1: return
+    for p in parameters:
+        if p.grad is None: p.grad = torch.zeros_like(p)
+        with self.waiting(): torch.distributed.all_reduce(p.grad)
 
-    def wait(self):
-        "Until all processes are here."
-        if self.size > 1:
-            with self.waiting(): torch.distributed.barrier()
+# %% ../nbs/06b_processes.ipynb #ed935470
+@patch
+def spread(self:Processes, policy):
+    "The policy as these processes hold it: whole."
+    return policy
+
+@patch
+def wait(self:Processes):
+    "Until all processes are here."
+    if self.size > 1:
+        with self.waiting(): torch.distributed.barrier()
