@@ -95,8 +95,10 @@ def limit_broken(value, meta:dict) -> str:
     return ""
 
 # %% ../nbs/00_core.ipynb #d153a6b2
-def check_config(config):
+def check_config(config,
+                 cls=None): # the class that it must be of
     "Test every field's type and limits; raise `UserError` naming the first that is wrong; return `config`."
+    if cls and not isinstance(config, cls): raise UserError(f"config must be a {cls.__name__}, got a {type(config).__name__}")
     hints = typing.get_type_hints(type(config))
     for f in fields(config):
         value = getattr(config, f.name)

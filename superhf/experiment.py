@@ -6,11 +6,12 @@
 __all__ = ['TRACKERS', 'split_holdout', 'choose_prompts', 'load_rewards', 'evaluate_kept', 'tracker_names', 'let_go',
            'start_trackers', 'check_push', 'push', 'model_card', 'markdown_table', 'save_model', 'comparison_text',
            'digits', 'fingerprint', 'open_run', 'before_training', 'write_whole', 'follow', 'named', 'make_trainer',
-           'train_and_finish', 'run_method', 'watch_for_gaming', 'weights_note', 'finish']
+           'train_and_finish', 'free_again', 'run_method', 'watch_for_gaming', 'weights_note', 'skipped_note', 'finish']
 
 # %% ../nbs/11b_experiment.ipynb #45283b80
 import hashlib, importlib.util, json, logging, shutil, textwrap
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch, yaml
@@ -196,14 +197,12 @@ def write_whole(path:Path, records:list[dict], processes):
     append_lines(path, records)
 
 # %% ../nbs/11b_experiment.ipynb #7d390ef2
-def follow(trainer, names:list[str], config, resume=None):
+def follow(trainer, names:list[str], config):
     "Let the trackers follow a run; gives what ends them. An error in one is an error in all processes."
     done, wrong = lambda: None, ""
     if names and trainer.processes.first:
         try: trainer.track, done = start_trackers(names, trainer.run, config)
-        except UserError as e:
-            wrong = str(e)
-            if not resume: trainer.run.config.unlink()
+        except UserError as e: wrong = str(e)
     wrong = "".join(trainer.processes.gather([wrong])) if names else ""
     if wrong: raise UserError(wrong)
     return done
@@ -211,9 +210,9 @@ def follow(trainer, names:list[str], config, resume=None):
 # %% ../nbs/11b_experiment.ipynb #3ef1ee1c
 def named(config, policy=None, reward_model=None, validation_reward_model=None, prompts=None):
     "The config with the names of the parts that were given from Python, for the record."
-    called = lambda reward: reward if reward is None or isinstance(reward, str) else reward_name(reward)
-    names = dict(model=None if policy is None else policy.name_or_path or type(policy).__name__, reward_model=called(reward_model),
-                 validation_reward_model=called(validation_reward_model), prompts=None if prompts is None else "given from Python")
+    called = lambda reward: reward if reward is None or isinstance(reward, str) else " + ".join(map(called, reward)) if isinstance(reward, (list, tuple)) else reward_name(reward)
+    names = dict(reward_model=called(reward_model), validation_reward_model=called(validation_reward_model), prompts=None if prompts is None else "given from Python")
+    if policy is not None: names |= dict(model=policy.name_or_path or type(policy).__name__, dtype=str(policy.dtype).removeprefix("torch."))
     return replace(config, **{option: name for option, name in names.items() if name is not None})
 
 # %% ../nbs/11b_experiment.ipynb #895ff07d
@@ -238,6 +237,16 @@ def train_and_finish(trainer, rewards:dict, prompts:list[dict], kept:list[dict])
     trainer.train()
     with writing(run, trainer.step): finish(run, trainer, rewards, prompts, kept, before)
 
+# %% ../nbs/11b_experiment.ipynb #711428c5
+@contextmanager
+def free_again(run, processes, resume=None):
+    "Take back what a new run has written, where it fails in the block before its first record."
+    try: yield
+    except UserError:
+        if processes.first and not resume and not run.metrics.exists():
+            for path in (run.config, run.path/"held_out_before.jsonl"): path.unlink(missing_ok=True)
+        raise
+
 # %% ../nbs/11b_experiment.ipynb #a9b02973
 def run_method(Trainer,      # SuperHFTrainer or PPOTrainer
                config,       # its config
@@ -252,8 +261,8 @@ def run_method(Trainer,      # SuperHFTrainer or PPOTrainer
     if not resume and processes.first: run.check_free()
     trainer, rewards, prompts, kept = make_trainer(Trainer, config, preset, run, **given)
     open_run(run.path, config, preset, resume, processes, fingerprint(prompts + kept))
-    with locked(run, processes):
-        done = follow(trainer, names, config, resume)
+    with locked(run, processes), free_again(run, processes, resume):
+        done = follow(trainer, names, config)
         if resume: trainer.resume()
         train_and_finish(trainer, rewards, prompts, kept)
         done()
@@ -274,6 +283,12 @@ def weights_note(trainer) -> str:
     best = trainer.best["step"] if trainer.best and trainer.config.stop_on == "held-out" else trainer.step
     return f"The weights are those of superbatch {best} of {trainer.step}, the best on the held-out prompts." if best < trainer.step else ""
 
+# %% ../nbs/11b_experiment.ipynb #bae42066
+def skipped_note(metrics:list[dict]) -> str:
+    "How many superbatches changed nothing, where there are any."
+    skipped = [r for r in metrics if r.get("skipped")]
+    return f"{len(skipped)} of {len(metrics)} superbatches changed nothing, the last (superbatch {skipped[-1]['step']}) because {skipped[-1]['skipped']}." if skipped else ""
+
 # %% ../nbs/11b_experiment.ipynb #b321aac6
 def finish(run, trainer, rewards:dict, prompts:list[dict], kept:list[dict], before:list[dict]):
     "Sample the held-out prompts again, draw the curve, save the model with its card, and say what changed."
@@ -284,7 +299,7 @@ def finish(run, trainer, rewards:dict, prompts:list[dict], kept:list[dict], befo
     metrics, changes = read_lines(run.metrics), compare(before, after, rewards) if kept else None
     save_figure(reward_curve(metrics), run.figures/"reward_curve.png")
     signs = watch_for_gaming(run, metrics, rewards["reward"])
-    note = weights_note(trainer)
+    note = " ".join(filter(None, (weights_note(trainer), skipped_note(metrics))))
     save_model(run, trainer, model_card(trainer.config, changes, Counter(p["source"] for p in prompts), note), weights)
     if kept: tell(comparison_text(changes, side_by_side(before, after)))
     tell(signs)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'DEMO_POLICY', 'TINY', 'SHAPES', 'as_dtype', 'in_format', 'pick_device', 'package_file', 'cache_dir',
-           'write_beside', 'convert_gguf', 'demo_policy_dir', 'at_home', 'model_source', 'from_source',
+           'write_beside', 'convert_gguf', 'demo_policy_dir', 'at_home', 'model_source', 'from_source', 'with_padding',
            'load_tokenizer', 'read_policy', 'load_policy', 'number_tokenizer', 'random_shape', 'random_policy',
-           'add_lora', 'trainable']
+           'add_lora', 'trainable', 'ready_policy']
 
 # %% ../nbs/03_models.ipynb #c59d97d4
 import importlib.util, os, shutil, tempfile
@@ -122,15 +122,23 @@ def from_source(cls, source:str, name:str, **kwargs):
     try: return cls.from_pretrained(source, **kwargs)
     except UserError: raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
-        raise UserError(f"cannot load {name!r}: {first_line(e)[:200]} Give a hub id that can be reached, a local model folder, or demo") from e
+        why = first_line(e)[:200]
+        if why.endswith(":"): why = f"{cls.__name__} finds no file there that it can read."      # the reasons are on further lines
+        raise UserError(f"cannot load {name!r}: {why} Give a hub id that can be reached, a local model folder, or demo") from e
 
 # %% ../nbs/03_models.ipynb #08431f9c
-def load_tokenizer(name:str, trust_remote_code:bool=False, revision:str|None=None):
-    "The tokenizer of a model, with a padding token (the end token where it has none of its own)."
-    from transformers import AutoTokenizer
-    tokenizer = from_source(AutoTokenizer, model_source(name), name, trust_remote_code=trust_remote_code, revision=revision or "main")
+def with_padding(tokenizer):
+    "The tokenizer with a padding token: the end token where it has none of its own."
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+# %% ../nbs/03_models.ipynb #57d3467e
+def load_tokenizer(name:str, trust_remote_code:bool=False, revision:str|None=None):
+    "The tokenizer of a model, with a padding token; a folder without one is refused."
+    from transformers import AutoTokenizer
+    tokenizer = from_source(AutoTokenizer, model_source(name), name, trust_remote_code=trust_remote_code, revision=revision or "main")
+    if not tokenizer("1 a", add_special_tokens=False)["input_ids"]: raise UserError(f"model {name!r} has no tokenizer: its tokenizer reads no text; save one there with save_pretrained")
+    return with_padding(tokenizer)
 
 # %% ../nbs/03_models.ipynb #0d03ce0e
 def read_policy(source:str, name:str, **kwargs):
@@ -203,3 +211,13 @@ def add_lora(model, rank:int=8, alpha:float|None=None, dropout:float=0.0,
 def trainable(model) -> list[torch.nn.Parameter]:
     "The parameters that an optimizer should move."
     return [p for p in model.parameters() if p.requires_grad]
+
+# %% ../nbs/03_models.ipynb #6723e312
+def ready_policy(policy, lora_rank:int=0, seed:int=0):
+    "The policy as every method trains it: without dropout, with adapters where they are asked for; one that cannot be trained is refused."
+    if lora_rank and hasattr(policy, "peft_config"): raise UserError("the policy has adapters of its own: train these with lora_rank 0, or give it merged, policy.merge_and_unload()")
+    policy = add_lora(policy, lora_rank, seed=seed) if lora_rank else policy.eval()
+    formats = {p.dtype for p in trainable(policy)}
+    if not formats: raise UserError("no weight of the policy may change: give it with requires_grad_(), adapters with is_trainable=True, or set lora_rank")
+    if torch.float16 in formats: raise UserError("the policy's weights are in float16, in which training fails; give it in float32, policy.float(), or in bfloat16")
+    return policy

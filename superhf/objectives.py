@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['target_ids', 'collate', 'mean_per_row', 'completion_logps', 'spread_rows', 'row_losses', 'row_entropy', 'row_kl',
            'penalized', 'kl_rows', 'backward_pass', 'sparse_rows', 'accumulate', 'make_optimizer', 'optimizer_step',
-           'Reference', 'mean_kl', 'at_rest', 'checkpointing']
+           'starts_bare', 'Reference', 'mean_kl', 'at_rest', 'checkpointing']
 
 # %% ../nbs/08a_objectives.ipynb #a56f4094
 import math
@@ -141,12 +141,18 @@ def optimizer_step(model, optimizer, learning_rate:float, max_norm:float, loss:f
     optimizer.zero_grad(set_to_none=True)
     return norm
 
+# %% ../nbs/08a_objectives.ipynb #c88e2872
+def starts_bare(policy) -> bool:
+    "Whether a policy has adapters that change nothing yet, so that it starts as what it is without them."
+    last = [p for name, p in policy.named_parameters() if "lora_B" in name or "lora_embedding_A" in name]     # the factors that begin at zero
+    return hasattr(policy, "disable_adapter") and bool(last) and not any(p.any() for p in last)
+
 # %% ../nbs/08a_objectives.ipynb #13cc0740
 class Reference:
     "The starting policy: the adapters switched off, or a frozen copy."
     def __init__(self, policy, dtype:torch.dtype|None=None): # number format of the copy; that of the policy unless given
         from superhf.inference import SamplingCopy
-        self.copy = None if hasattr(policy, "disable_adapter") else SamplingCopy(policy, dtype or policy.dtype, packed=False)
+        self.copy = None if starts_bare(policy) else SamplingCopy(policy, dtype or policy.dtype, packed=False)
 
     def model(self, policy):
         "Something to call like a model."

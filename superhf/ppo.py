@@ -245,7 +245,7 @@ def ppo_config(preset:str="repaired", # `paper`, `repaired`, or `demo`: the repa
 # %% ../nbs/09_ppo.ipynb #c2f6b164
 def check_ppo_config(c:PPOConfig) -> PPOConfig:
     "Test the fields and what they must agree on; gives the config back."
-    check_config(c)
+    check_config(c, PPOConfig)
     if c.superbatch_size % c.minibatch_size:
         raise UserError(f"superbatch_size must be a multiple of minibatch_size, got {c.superbatch_size} and {c.minibatch_size}")
     if c.superbatch_size % c.superbatch_prompts:

@@ -156,7 +156,7 @@ def superbatch(self:PPOTrainer, step:int) -> tuple:
     with clock("finetune"): tuned = self.update(step, prompt_ids, response_ids, scores)
     record = self.record(step, prompts, completions, scores, validation, tuned)
     record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory(self.policy.device)}
-    trained = [i for i, ids in enumerate(response_ids) if ids and has_moved(tuned)]
+    trained = [i for i, ids in enumerate(response_ids) if ids and scores[i].isfinite() and has_moved(tuned)]
     return record, sample_rows(step, prompts, completions, scores, validation, trained)
 
 # %% ../nbs/09d_ppo_trainer.ipynb #b2fcc947
@@ -169,8 +169,10 @@ def score_responses(self:PPOTrainer, prompts:list[str], texts:list[str]) -> tupl
 # %% ../nbs/09d_ppo_trainer.ipynb #ee622c61
 @patch
 def update(self:PPOTrainer, step:int, prompt_ids, response_ids, scores) -> dict:
-    "Self-checks before the first step; then one PPO step. Gives its statistics."
-    c = self.config
+    "Self-checks before the first step; then one PPO step on the answers that have a score. Gives its statistics."
+    c, known = self.config, scores.isfinite().nonzero()[:, 0].tolist()
+    if not known: return dict(skipped="no answer has a finite score", kl=None)
+    prompt_ids, response_ids, scores = [prompt_ids[i] for i in known], [response_ids[i] for i in known], scores[known]
     rows = batch_rows(prompt_ids, response_ids, scores, self.tokenizer, self.policy.device)
     if step == 1 and c.self_checks: self.refuse(self_checks(self.model, self.reference, rows, prompt_ids, response_ids, c))
     for group in self.optimizer.param_groups: group["lr"] = ppo_learning_rate(step, c)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from .inference import multiplies_in_bfloat16
+from .objectives import starts_bare
 from .ppo import (PPOConfig, Rows, adapt_kl_coef, entropy, gae, masked_mean, masked_var, policy_losses, token_logprobs,
                          token_rewards, value_losses, whiten)
 
@@ -125,7 +126,7 @@ class StartingPolicy(nn.Module):
     "The starting policy π_0, as a frozen copy or by switching adapters off."
     def __init__(self, policy):
         super().__init__()
-        adapted = hasattr(policy, "disable_adapter")
+        adapted = starts_bare(policy)
         self.off = policy.disable_adapter if adapted else nullcontext
         self.policies = [policy if adapted else copy.deepcopy(policy).requires_grad_(False).eval()]  # a list: not a submodule
 

@@ -19,7 +19,7 @@ from .data import as_prompts
 from .gaming import superbatch_signs
 from .generation import BatchSize, Completion, Sampler, SamplingConfig, sampling_config
 from .inference import multiplies_in_bfloat16, sampling_dtype
-from .models import add_lora, trainable
+from .models import ready_policy, trainable, with_padding
 from .objectives import Reference, accumulate, checkpointing, make_optimizer, mean_kl, optimizer_step, target_ids
 from .processes import Processes
 from .prompts import get_format
@@ -254,11 +254,11 @@ class Ground(RunLoop):
     "What every method stands on: policy, sampler, reward models, prompts."
     def prepare(self, policy, tokenizer, reward_model, prompts, validation_reward_model):
         "What every method needs: policy, sampler, reward models, prompts."
-        self.tokenizer, self.prompts = tokenizer, as_prompts(prompts)
+        self.tokenizer, self.prompts = with_padding(tokenizer), as_prompts(prompts)
         if not self.prompts: raise UserError("there are no prompts to train on")
         self.reward_model, self.validation_reward_model = (load_reward_model(r) if callable(r) else r for r in (reward_model, validation_reward_model))
         for r in (self.reward_model, self.validation_reward_model): teach(r, self.prompts)
-        self.policy = add_lora(policy, self.config.lora_rank, seed=self.config.seed) if self.config.lora_rank else policy
+        self.policy = ready_policy(policy, self.config.lora_rank, self.config.seed)
         self.format = get_format(self.config.prompt_format, tokenizer)
         self.sampler = make_sampler(self.config, self.policy, tokenizer, self.format, self.processes.in_shards)
         self.ema, self.queue = None, dict(epoch=0, at=0, back=[])
@@ -295,7 +295,7 @@ class SuperHFTrainer(Ground):
                  prompts,                      # to train on: texts, or rows with `prompt` and `source`
                  validation_reward_model=None, # only watches
                  run:RunFolder|None=None):     # where to record; nothing is written without
-        check_run(check_config(config))
+        check_run(check_config(config, SuperHFConfig))
         super().__init__(config, run)
         self.prepare(policy, tokenizer, reward_model, prompts, validation_reward_model)
         self.batches = BatchSize(config.finetuning_batch_size, "fine-tuning")
