@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['default_of', 'arguments', 'add_options', 'Command', 'make_parser', 'say', 'options_in', 'files_first', 'parse',
            'run_config', 'refuse_changes', 'train_command', 'ppo_command', 'SampleConfig', 'sample_rows_of',
-           'best_ones', 'sample_command', 'data_command', 'score_command', 'train_reward_command', 'sweep_command',
-           'evaluation_commands', 'commands', 'usage', 'quiet', 'named_first', 'main']
+           'best_ones', 'judge_of', 'sample_command', 'data_command', 'score_command', 'train_reward_command',
+           'sweep_command', 'evaluation_commands', 'commands', 'usage', 'quiet', 'named_first', 'main']
 
 # %% ../nbs/12_cli.ipynb #9e2a0b6b
 import argparse, itertools, logging, re, sys, typing, warnings
@@ -52,7 +52,7 @@ class Command:
 def make_parser(command:Command):
     "The parser of one subcommand."
     from jsonargparse import ArgumentParser
-    parser = ArgumentParser(prog=f"superhf {command.name}", description=command.help, exit_on_error=False)
+    parser = ArgumentParser(prog=f"superhf {command.name}", description=command.help, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with options, or the config.yaml of a run; the command line wins over it")
     if command.presets: parser.add_argument("--preset", type=typing.Literal[tuple(command.presets)] if command.default_preset else typing.Optional[typing.Literal[tuple(command.presets)]], default=command.default_preset, help="set of defaults to start from")
     add_options(parser, command.config)
@@ -163,18 +163,25 @@ def sample_rows_of(prompts:list[dict], completions, n:int) -> list[dict]:
     return [about[i//n] | dict(completion=c.text, ended=c.ended, stop=c.stop) for i, c in enumerate(completions)]
 
 # %% ../nbs/12_cli.ipynb #b47fffcd
-def best_ones(prompts:list[dict], completions, config:SampleConfig) -> list:
+def best_ones(prompts:list[dict], completions, scorer, best_of:int) -> list:
     "The best of each run of `best_of` completions; `prompts` has a row for each."
-    from superhf.models import pick_device
-    from superhf.scoring import Scorer, select_top_k
-    scorer = Scorer(config.reward_model, device=pick_device(config.device), dtype=config.reward_dtype)
-    scorer.learn(prompts)
-    scores = scorer([p["prompt"] for p in prompts], [c.text for c in completions])
+    from superhf.scoring import select_top_k
+    scores, texts = scorer([p["prompt"] for p in prompts], [c.text for c in completions]), [c.text for c in completions]
     def best(at):
         "Where the best of the completions from `at` on is."
-        group = slice(at, at + config.best_of)
-        return at + (select_top_k(scores[group], [c.text for c in completions[group]]) or [0])[0]
-    return [completions[best(at)] for at in range(0, len(completions), config.best_of)]
+        group = slice(at, at + best_of)
+        return at + (select_top_k(scores[group], texts[group]) or [0])[0]
+    return [completions[best(at)] for at in range(0, len(completions), best_of)]
+
+# %% ../nbs/12_cli.ipynb #cab10786
+def judge_of(config:SampleConfig, prompts:list[dict]):
+    "The reward model that chooses, tried on one answer."
+    from superhf.models import pick_device
+    from superhf.scoring import Scorer
+    scorer = Scorer(config.reward_model, device=pick_device(config.device), dtype=config.reward_dtype)
+    scorer.learn(prompts)
+    scorer([prompts[0]["prompt"]], ["Yes."])
+    return scorer
 
 # %% ../nbs/12_cli.ipynb #edac1e00
 def sample_command(config:SampleConfig, **_):
@@ -184,11 +191,12 @@ def sample_command(config:SampleConfig, **_):
     if not config.output: raise UserError("sample needs --output, a JSON-lines file to write")
     writable(config.output)
     prompts = load_prompts(config.prompts, config.prompt_column, config.data_dir)
+    scorer = judge_of(config, prompts) if config.best_of > 1 else None
     sampler = load_sampler(config.model, config)
     check_prompts(sampler, [p["prompt"] for p in prompts])
     each = [p for p in prompts for _ in range(config.n*config.best_of)]
     completions = sample_all(sampler, [p["prompt"] for p in each], config.seed)
-    if config.best_of > 1: completions = best_ones(each, completions, config)
+    if scorer: completions = best_ones(each, completions, scorer, config.best_of)
     write_rows(sample_rows_of(prompts, completions, config.n), config.output)
     tell(f"{len(completions)} completions of {len(prompts)} prompts in {config.output}")
 

@@ -159,13 +159,10 @@ def answers_of(c:CompareConfig, name:str, format:str, prompts:list[dict], reward
     return held_out(timed, rewards, prompts, n, c.seed), sum(seconds)
 
 # %% ../nbs/11e_comparison.ipynb #29437fa4
-def first_n(records:list[dict], n:int) -> list[dict]:
-    "The first `n` answers to every prompt."
-    seen, kept = {}, []
-    for r in records:
-        at = seen[r["source"], r["prompt"]] = seen.get((r["source"], r["prompt"]), 0) + 1
-        if at <= n: kept.append(r)
-    return kept
+def first_n(records:list[dict], n:int) -> tuple[list[dict], list[dict]]:
+    "The first `n` answers to every prompt, and the others."
+    turns = turns_of([(r["source"], r["prompt"]) for r in records])
+    return [r for r, turn in zip(records, turns) if turn < n], [r for r, turn in zip(records, turns) if turn >= n]
 
 # %% ../nbs/11e_comparison.ipynb #819b21e5
 def names_of(models:list[str]) -> dict:
@@ -189,10 +186,10 @@ def all_answers(c:CompareConfig,
     "Scored answers of every policy and of best-of-n of the base, and the seconds of sampling, by name."
     answers, seconds = {}, {}
     for i, (model, name) in enumerate(models.items()):
-        n = max(c.n, c.best_of) if i == 0 else c.n
-        records, seconds[name] = answers_of(c, model, formats[model], prompts, rewards, n)
-        answers[name] = first_n(records, c.n)
-        if i == 0 and c.best_of: answers[f"best of {c.best_of}"] = best_of_n(records, c.best_of)
+        more = c.best_of if i == 0 else 0
+        records, seconds[name] = answers_of(c, model, formats[model], prompts, rewards, c.n + more)
+        answers[name], others = first_n(records, c.n)
+        if more: answers[f"best of {more}"] = best_of_n(others, more)
     return answers, seconds
 
 # %% ../nbs/11e_comparison.ipynb #96c1bbb2
@@ -223,9 +220,12 @@ def with_bounds(mean:float, low:float, high:float) -> str:
 def reward_lines(found:dict, reward:str, model:str) -> str:
     "Mean rewards by source and policy, win rates and the fridge question under one reward model, as text."
     t, w, seven = found["means"].query("reward == @reward"), found["wins"].query("reward == @reward"), found["fridge"].get(reward)
-    t = t.assign(cell=[with_bounds(*r) for r in t[["mean", "low", "high"]].values])
+    numbers = t[t.source == "all"].set_index("policy").prompts
+    over, named = f"over {numbers.iloc[0]} prompts", t.policy
+    if numbers.nunique() > 1: over, named = "each over the prompts on which it has scores", [f"{p} ({numbers[p]} prompts)" for p in t.policy]
+    t = t.assign(policy=named, cell=[with_bounds(*r) for r in t[["mean", "low", "high"]].values])
     shown = t.pivot(index="policy", columns="source", values="cell").loc[list(dict.fromkeys(t.policy)), list(dict.fromkeys(t.source))]
-    lines = [f"Mean reward, {reward} model {model} (95 % over {t.prompts.iloc[0]} prompts):", shown.to_string()]
+    lines = [f"Mean reward, {reward} model {model} (95 % {over}):", shown.to_string()]
     if len(w): lines.append("Win rates (p by Wilcoxon, corrected by Holm):")
     lines += [f"  {r.policy} over {r.against}: {100*r.wins:.0f} % [{100*r.low:.0f}, {100*r.high:.0f}], p = {r.p_holm:.2g}" for r in w.itertuples()]
     if seven is None: return "\n".join(lines) + "\n"
