@@ -112,7 +112,10 @@ def reward_curve(metrics:list[dict], ax=None):
     return ax
 
 # %% ../nbs/11_evaluation.ipynb #3381ad09
-def save_figure(ax, path:Path):
+def save_figure(ax, path:Path,
+                close:bool=False): # whether it is needed no more
     "Save the figure of an axes as PNG and SVG, without a display."
+    import matplotlib.pyplot as plt
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".png", ".svg"): ax.figure.savefig(path.with_suffix(suffix), dpi=150)
+    if close: plt.close(ax.figure)

@@ -273,8 +273,8 @@ def watch_for_gaming(run, metrics:list[dict], reward) -> str:
     report = gaming_report(read_samples(run), metrics, read_lines(run.evaluations), reward)
     records = {k: v.to_dict("records") if isinstance(v, pd.DataFrame) else v for k, v in report.items()}
     (run.path/"gaming.json").write_text(json.dumps(plain(json.loads(json.dumps(records, default=float))), indent=1, allow_nan=False))
-    if len(report["best_of_k"]): save_figure(plot_best_of_k(report["best_of_k"]), run.figures/"best_of_k.png")
-    if len(report["over_optimisation"]): save_figure(plot_over_optimisation(report["over_optimisation"]), run.figures/"over_optimisation.png")
+    if len(report["best_of_k"]): save_figure(plot_best_of_k(report["best_of_k"]), run.figures/"best_of_k.png", close=True)
+    if len(report["over_optimisation"]): save_figure(plot_over_optimisation(report["over_optimisation"]), run.figures/"over_optimisation.png", close=True)
     return gaming_text(report)
 
 # %% ../nbs/11b_experiment.ipynb #065a8ed2
@@ -297,7 +297,7 @@ def finish(run, trainer, rewards:dict, prompts:list[dict], kept:list[dict], befo
     if not trainer.processes.first: return trainer.processes.wait()
     write_whole(run.path/"held_out_after.jsonl", after, trainer.processes)
     metrics, changes = read_lines(run.metrics), compare(before, after, rewards) if kept else None
-    save_figure(reward_curve(metrics), run.figures/"reward_curve.png")
+    save_figure(reward_curve(metrics), run.figures/"reward_curve.png", close=True)
     signs = watch_for_gaming(run, metrics, rewards["reward"])
     note = " ".join(filter(None, (weights_note(trainer), skipped_note(metrics))))
     save_model(run, trainer, model_card(trainer.config, changes, Counter(p["source"] for p in prompts), note), weights)

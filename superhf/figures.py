@@ -184,7 +184,6 @@ def winning_phrase_figure(path, ax=None, most:int=5):
 # %% ../nbs/11f_figures.ipynb #83242bd9
 def run_figures(path, folder=None) -> list[Path]:
     "Draw what a run's records allow into its `figures/`, as PNG and SVG; gives the files."
-    import matplotlib.pyplot as plt
     from superhf.evaluation import save_figure
     folder, files = Path(folder or RunFolder(path).figures), []
     method = "PPO" if "ppo_epochs" in RunFolder(path).read_config()["config"] else "SuperHF"
@@ -192,6 +191,6 @@ def run_figures(path, folder=None) -> list[Path]:
     for name, draw in draws.items():
         try: ax = draw()
         except UserError: continue
-        save_figure(ax, folder/f"{name}.png"); plt.close(ax.figure)
+        save_figure(ax, folder/f"{name}.png", close=True)
         files += [folder/f"{name}.png", folder/f"{name}.svg"]
     return files

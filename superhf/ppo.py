@@ -252,6 +252,8 @@ def check_ppo_config(c:PPOConfig) -> PPOConfig:
         raise UserError(f"superbatch_size must be a multiple of superbatch_prompts, got {c.superbatch_size} and {c.superbatch_prompts}")
     if c.adap_kl_ctrl and 0.2*c.superbatch_size >= c.horizon:
         raise UserError(f"horizon must be more than a fifth of superbatch_size, or the KL coefficient turns negative; got {c.horizon} and {c.superbatch_size}")
+    if c.whiten != "none" and c.minibatch_size*c.max_new_tokens < 2 and not c.repeat_prompt:
+        raise UserError("advantages cannot be whitened over a single token: give more max_new_tokens or a larger minibatch_size, or whiten none")
     return c
 
 # %% ../nbs/09_ppo.ipynb #cec3e45b

@@ -38,7 +38,7 @@ def json_fault(line:bytes,  # one line
               ) -> str:
     "What is wrong with a line of a JSONL file; an empty text where nothing is."
     if not is_utf8(line): return "not valid UTF-8; save the file as UTF-8"
-    try: value = row = json.loads(line.decode("utf-8-sig"))
+    try: value = row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except json.JSONDecodeError as e: return f"not JSON ({e.msg.removesuffix(' at')} at position {e.colno})"
     for key in column.split("."):
         if not isinstance(value, dict): return f"not a JSON object with {column!r}"

@@ -11,9 +11,11 @@ __all__ = ['split_dialogue', 'first_question', 'prompt_share', 'Pair', 'read_tab
 import hashlib, math, zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import UserError
+from .reading import file_kind
 from .scoring import call_reward, reward_name
 from .statistics import wilson
 
@@ -44,10 +46,11 @@ class Pair:
 
 # %% ../nbs/10_reward_judging.ipynb #aeaffabd
 def read_table(path, *columns) -> pd.DataFrame:
-    "A parquet, JSON-lines or gzipped JSON-lines file as a table; `UserError` where it or one of the `columns` is missing."
-    path = Path(path)
+    "A Parquet, CSV, JSON or JSON-lines file, the last three gzipped or not, as a table; `UserError` where it or one of the `columns` is missing."
+    path, kind = Path(path), file_kind(path)
     if not path.is_file(): raise UserError(f"file {str(path)!r} does not exist")
-    try: table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+    read = {"parquet": pd.read_parquet, "csv": partial(pd.read_csv, keep_default_na=False)}.get(kind) or partial(pd.read_json, lines=not path.name.removesuffix(".gz").endswith(".json"), dtype=False, convert_dates=False)
+    try: table = read(path)
     except (ValueError, OSError, EOFError, zlib.error) as e: raise UserError(f"cannot read {str(path)!r}: {e}") from e
     if not len(table): raise UserError(f"{path} is empty")
     missing = [c for c in columns if c not in table.columns]
@@ -84,7 +87,7 @@ def as_dialogue(side,        # chosen or rejected: an HH dialogue, messages, or 
     return dialogue_of(messages(prompt, "user")*alone + turns)
 
 # %% ../nbs/10_reward_judging.ipynb #6d73c3d6
-def read_pairs(path,            # JSON-lines or Parquet file with `chosen` and `rejected`: dialogues, messages, or answers to `prompt`
+def read_pairs(path,            # Parquet, CSV, JSON or JSON-lines file with `chosen` and `rejected`: dialogues, messages, or answers to `prompt`
                report:Counter   # gets the counts of what was read and what was left out
               ) -> list[Pair]:
     "The usable pairs of a file."
@@ -93,6 +96,8 @@ def read_pairs(path,            # JSON-lines or Parquet file with `chosen` and `
     for pair in (as_pair(as_dialogue(c, p), as_dialogue(r, p)) for c, r, p in zip(table.chosen, table.rejected, prompts)):
         report[pair if isinstance(pair, str) else "pairs"] += 1
         if isinstance(pair, Pair): pairs.append(pair)
+    if not pairs and "prompt" not in table.columns and report["pairs that are not two dialogues"]:
+        raise UserError(f"{path}: no row holds two dialogues, and answers need a column 'prompt'; there is {', '.join(map(str, table.columns))}")
     return pairs
 
 # %% ../nbs/10_reward_judging.ipynb #8f30beec

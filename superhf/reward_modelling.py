@@ -27,9 +27,9 @@ from .reward_judging import pair_accuracy, prompt_share, read_pairs, read_scores
 class RewardTrainingConfig:
     "How a reward model is trained; the defaults are those of the two demo models, where their presets say nothing else."
     output_dir: str = opt("runs/reward", "folder for the reward model, its checkpoints and its report")
-    scores: str|None = opt(None, "parquet or JSON-lines file with prompt, completion and a score; regression and ranking")
+    scores: str|None = opt(None, "Parquet, CSV, JSON or JSON-lines file with prompt, completion and a score; regression and ranking")
     score_column: str = opt("score", "column of the score")
-    pairs: str|None = opt(None, "JSON-lines or Parquet file with chosen and rejected: HH dialogues, lists of messages, or answers beside a column prompt; Bradley-Terry")
+    pairs: str|None = opt(None, "Parquet, CSV, JSON or JSON-lines file with chosen and rejected: HH dialogues, lists of messages, or answers beside a column prompt; Bradley-Terry")
     train_low: float = opt(0.08, "train on prompts whose hash is at least this", low=0, high=1)
     train_high: float = opt(1.0, "and below this", above=0, high=1)
     valid_low: float = opt(0.0, "validate on prompts whose hash is at least this", low=0, high=1)

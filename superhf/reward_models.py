@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 from .core import UserError, first_line, patch
 from .generation import BatchSize
@@ -207,11 +207,13 @@ def save_adapter(backbone, folder:Path, encoder:str):
 # %% ../nbs/05_reward_models.ipynb #321d3c8a
 def save_reward_model(model:RewardModel, tokenizer, folder):
     "Write settings, head and adapter (if the backbone has one); backbone and tokenizer only where its own weights were trained. What an earlier model left in the folder goes."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder, encoder = Path(folder), model.settings.encoder
+    if Path(encoder).is_dir(): encoder = str(Path(encoder).resolve())        # to be found from any working directory
+    folder.mkdir(parents=True, exist_ok=True)
     for part in ("adapter", "backbone"): shutil.rmtree(folder/part, ignore_errors=True)
-    (folder/"reward_config.json").write_text(json.dumps(asdict(model.settings), indent=2) + "\n")
+    (folder/"reward_config.json").write_text(json.dumps(asdict(model.settings) | dict(encoder=encoder), indent=2) + "\n")
     save_file({k: v.detach().half().contiguous() for k, v in model.head.state_dict().items()}, folder/"head.safetensors")
-    if hasattr(model.backbone, "peft_config"): save_adapter(model.backbone, folder/"adapter", model.settings.encoder)
+    if hasattr(model.backbone, "peft_config"): save_adapter(model.backbone, folder/"adapter", encoder)
     elif any(p.requires_grad for p in model.backbone.parameters()):
         for part in (model.backbone, tokenizer): part.save_pretrained(folder/"backbone")
 
@@ -469,6 +471,7 @@ def load_reward_model(name,                  # "demo", "demo-heldout", a folder,
                       batch_size:int=32,     # rows in a batch (Table 2: 32)
                       max_length:int|None=None):  # tokens of prompt and completion; None = what the model was made for
     "A callable `(prompts, completions) -> scores` with a `name`."
+    if isinstance(name, PreTrainedModel): raise UserError(f"a {type(name).__name__} is a network and no function of texts; give the folder or hub id that it came from")
     if callable(name): return name if hasattr(name, "name") else FunctionReward(name)
     network = dict(device=device, dtype=dtype, batch_size=batch_size, max_length=max_length)
     if name in ("demo", "demo-heldout"): return load_scalar_head(demo_folder(name), name, **network)

@@ -340,6 +340,7 @@ class RunLoop(RunKeeper):
     def train(self, progress:bool=True) -> list[dict]:
         "All superbatches that are left; gives their records."
         records, T = [], self.config.superbatches
+        if self.option("evaluate_every") and not self.evaluation: logging.getLogger("superhf").warning("evaluate_every does nothing here, for no prompts are held out; superhf.experiment.run_method holds some out")
         with interrupts(self.processes.size == 1) as asked, tqdm(total=T, initial=self.step, disable=not (progress and self.processes.first), unit="superbatch", dynamic_ncols=True) as bar:
             while self.step < T and not self.stopped:
                 record, samples = self.superbatch(self.step + 1)

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from .core import UserError, check_config, opt, writable
+from .core import UserError, check_config, first_line, opt, writable
 from .generation import BatchSize, is_out_of_memory
 from .models import pick_device
 from .reading import file_kind, is_utf8, read_file
@@ -27,7 +27,8 @@ def reward_name(reward) -> str:
 
 # %% ../nbs/06_scoring.ipynb #c7be8edc
 def as_scores(values, n:int, name:str) -> torch.Tensor:
-    "The result of a reward model as float32 `[n]` on the CPU; `UserError` where it is anything else."
+    "The result of a reward model as float32 `[n]` on the CPU, None as NaN; `UserError` where it is anything else."
+    if isinstance(values, (list, tuple)): values = [math.nan if v is None else v for v in values]
     try: scores = torch.as_tensor(values).detach().to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"reward function {name} must return one number for each completion, got {type(values).__name__}: {e}") from e
@@ -50,7 +51,7 @@ def blame(reward, prompts:list, completions:list, error) -> UserError:
         except Exception as e:
             error, where = e, f"prompt {short(p)} with completion {short(c)}"
             break
-    return UserError(f"reward function {reward_name(reward)} failed on {where}: {type(error).__name__}: {error}")
+    return UserError(f"reward function {reward_name(reward)} failed on {where}: {type(error).__name__}: {first_line(error)}")
 
 # %% ../nbs/06_scoring.ipynb #80b08cbc
 def call_reward(reward,            # callable (prompts, completions) -> scores
@@ -164,7 +165,7 @@ class Scorer:
                  shaping:Shaping|None=None,     # penalties; None = none
                  batch_size:int=32,             # completions in a batch (Table 2: 32)
                  **loading):                    # passed to `load_reward_model`: device, dtype, max_length
-        rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [r for r in rewards.split(",") if r] if isinstance(rewards, str) else [rewards]
+        rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [r.strip() for r in rewards.split(",") if r.strip()] if isinstance(rewards, str) else [rewards]
         if not rewards: raise UserError("need at least one reward model")
         self.rewards = [load_reward_model(r, batch_size=batch_size, **loading) for r in rewards]
         self.combine, self.weights, self.c, self.shaping = combine, weights, c, shaping or Shaping()

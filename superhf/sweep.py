@@ -225,5 +225,5 @@ def run_sweep(config:SweepConfig) -> pd.DataFrame:
     folder = Path(sweep.output_dir)
     table.to_csv(folder/"table.csv", index=False)
     over_seeds(table, settings).to_csv(folder/"summary.csv", index=False)
-    save_figure(plot_sweep(runs), folder/"curves.png")
+    save_figure(plot_sweep(runs), folder/"curves.png", close=True)
     return table
