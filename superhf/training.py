@@ -172,14 +172,16 @@ def select(scores:torch.Tensor, completions:list[Completion], k:int, superbatche
            margin:float=0.0  # least distance from the mean of the prompt's completions; 0 is off
           ) -> list[int]:
     "Indices of the K best completions of each superbatch, best first; empty ones and those without a finite score are never among them."
-    texts = [c.text for c in completions]
-    if shaping: scores = scores - penalties(texts, [c.ended for c in completions], shaping)
-    size, each = len(texts)//superbatches, len(texts)//superbatches//prompts
-    texts = [t.strip() and f"{i//each} {t}" for i, t in enumerate(texts)]
+    if shaping: scores = scores - penalties([c.text for c in completions], [c.ended for c in completions], shaping)
+    n = len(completions)
+    size, each = n//superbatches, n//superbatches//prompts                                        # completions of a superbatch, of a prompt
+    texts = [f"{i//each} {c.text}" if c.text.strip() else "" for i, c in enumerate(completions)]  # the same text to two prompts is two answers
+    blocks = lambda length: [range(at, at + length) for at in range(0, n, length)]
+    best = lambda block, rule, x: [block[i] for i in rule([scores[j] for j in block], [texts[j] for j in block], x)]
     if margin:
-        reached = {at + i for at in range(0, len(texts), each) for i in select_margin(scores[at:at + each], texts[at:at + each], margin)}
-        texts = [t if i in reached else "" for i, t in enumerate(texts)]
-    return [at + i for at in range(0, len(texts), size) for i in select_top_k(scores[at:at + size], texts[at:at + size], k)]
+        above = {i for block in blocks(each) for i in best(block, select_margin, margin)}
+        texts = [t if i in above else "" for i, t in enumerate(texts)]
+    return [i for block in blocks(size) for i in best(block, select_top_k, k)]
 
 # %% ../nbs/08_training.ipynb #3f277690
 class Metric(NamedTuple):
@@ -195,7 +197,7 @@ GLOSSARY = {
     "reward/mean": Metric("Σ_i s_i / S", "score", "rises over hundreds of superbatches; jumps with the prompt from one to the next"),
     "reward/std": Metric("√(Σ_i (s_i - reward/mean)² / S): what selection has to choose from", "score", "well above 0; at 0 there is nothing to select"),
     "reward/best": Metric("score of the first completion that was selected, before penalties", "score", "above reward/mean"),
-    "reward/ema": Metric("e_t = 0.9 e_{t-1} + 0.1 reward/mean (Figure 2); e_0 is the starting policy's mean on held-out prompts where these are sampled and scored alike (not so with repeat_prompt), else e_1 = reward/mean", "score", "rises steadily (Figure 2: towards and above 0)"),
+    "reward/ema": Metric("e_t = 0.9 e_{t-1} + 0.1 reward/mean (Figure 2); e_0: the starting policy's mean on the held-out prompts; without these, or with repeat_prompt, e_1 = reward/mean", "score", "rises steadily (Figure 2: towards and above 0)"),
     "reward_val/mean": Metric("reward/mean under the validation reward model, which never selects; None without one", "score", "rises with reward/mean; falling while that rises is gaming"),
     "reward_val/best": Metric("score under the validation reward model of the completion of reward/best", "score", "above reward_val/mean"),
     "loss": Metric("1/K Σ_k mean_j -log π(y_{k,j}), before the step, without penalties", "nats per token", "falls slowly; near 0 the policy repeats itself"),
@@ -254,11 +256,11 @@ class Ground(RunLoop):
     "What every method stands on: policy, sampler, reward models, prompts."
     def prepare(self, policy, tokenizer, reward_model, prompts, validation_reward_model):
         "What every method needs: policy, sampler, reward models, prompts."
-        self.tokenizer, self.prompts = with_padding(tokenizer), as_prompts(prompts)
+        self.prompts = as_prompts(prompts)
         if not self.prompts: raise UserError("there are no prompts to train on")
         self.reward_model, self.validation_reward_model = (load_reward_model(r) if callable(r) else r for r in (reward_model, validation_reward_model))
         for r in (self.reward_model, self.validation_reward_model): teach(r, self.prompts)
-        self.policy = ready_policy(policy, self.config.lora_rank, self.config.seed)
+        self.policy, self.tokenizer = ready_policy(policy, self.config.lora_rank, self.config.seed), with_padding(tokenizer)
         self.format = get_format(self.config.prompt_format, tokenizer)
         self.sampler = make_sampler(self.config, self.policy, tokenizer, self.format, self.processes.in_shards)
         self.ema, self.queue = None, dict(epoch=0, at=0, back=[])
@@ -413,4 +415,4 @@ def sample_rows(step, prompts, completions, scores, validation, chosen) -> list[
 def progress_text(record:dict) -> str:
     "What the progress bar says after each superbatch."
     show = lambda k, name: "" if record.get(k) is None else f"{name} {record[k]:+.2f} "
-    return (show("reward/ema", "reward") + show("reward_val/mean", "held-out") + show("kl", "kl")).strip()
+    return (show("reward/ema", "reward") + show("reward_val/mean", "validation") + show("kl", "kl")).strip()
