@@ -147,7 +147,7 @@ def adapt_kl_coef(kl_coef:float,  # β
                   kl:float,       # measured on the batch, nats per answer
                   n:int,          # answers in the batch, over all processes
                   target:float,   # wanted KL, nats per answer (Table 3)
-                  horizon:float   # answers after which an error of 100 % would have doubled β, were it not clipped (Table 3)
+                  horizon:float   # answers after which an error of 100 % would have multiplied β by e, were it not clipped (Table 3)
                  ) -> float:
     "The next KL coefficient (adaptive KL control, Table 3)."
     error = kl/target - 1

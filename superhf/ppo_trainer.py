@@ -34,7 +34,7 @@ PPO_GLOSSARY = {k: v for k, v in GLOSSARY.items() if k not in ("reward/best", "l
     "loss": Metric("ppo/loss/total", "-", "near 0, its sign says little"),
     "kl": Metric("Σ (log π - log π_0) over all answer tokens / their number, before the update; the mean of what SuperHF computes over the vocabulary", "nats per token", "0 at first, then up to a few tenths"),
     "entropy": Metric("ppo/policy/entropy", "nats per token", "falls slowly; a fall towards 0 is collapse"),
-    "grad_norm": Metric("ppo/grad_norm", "loss per weight", "no trend, no jumps by orders of magnitude"),
+    "grad_norm": Metric("ppo/grad_norm: after clipping, where SuperHF's is before", "loss per weight", "no trend; at most max_grad_norm where that is set"),
     "lr": Metric("ppo_learning_rate(t)", "-", "constant, or as scheduled"),
     "selected": Metric("answers trained on: those with at least one token", "answers", "the batch size; 0 when the step was skipped"),
     "empty/share": Metric("answers without any text / answers", "share, 0 to 1", "near 0"),
