@@ -295,7 +295,7 @@ def draw_shares(axes, counts:dict, colors:dict) -> None:
     for y, (s, n) in enumerate(counts.items()):
         axes.barh(y, 100 * n / total, color=colors[s], height=0.6)
         axes.text(0.6, y, f"{n:,}", va="center", fontsize=9, color="white", weight="bold")
-        if s in PAPER_SOURCES: axes.plot(100 * SOURCES[s].paper_rows / paper_total, y, "D", mfc="white", mec="0.2", ms=6, label="Table 1" if s == PAPER_SOURCES[0] else None)
+        if s in PAPER_SOURCES: axes.plot(100 * SOURCES[s].paper_rows / paper_total, y, "D", mfc="white", mec="0", mew=1.2, ms=7, label="Table 1" if s == PAPER_SOURCES[0] else None)
     axes.set(yticks=range(len(counts)), yticklabels=[SOURCES[s].title if s in SOURCES else s for s in counts], xlabel="share of the mix (%)", title="Shares")
     axes.invert_yaxis()
     if any(s in PAPER_SOURCES for s in counts): axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
@@ -305,7 +305,7 @@ def draw_lengths(axes, lengths:dict, colors:dict) -> None:
     "For each source the cumulative distribution of prompt lengths in characters."
     for s, ns in lengths.items():
         axes.step(sorted(ns), [100 * (i + 1) / len(ns) for i in range(len(ns))], where="post", color=colors[s], lw=1.8, label=SOURCES[s].title if s in SOURCES else s)
-    axes.set(xscale="log", xlabel="prompt length (characters)", ylabel="prompts at most this long (%)", title="Lengths", ylim=(0, 101))
+    axes.set(xscale="log", xlabel="prompt length (characters, log)", ylabel="prompts at most this long (%)", title="Lengths", ylim=(0, 101))
     axes.legend(frameon=False, fontsize=9, loc="upper left")
 
 # %% ../nbs/01_mixing.ipynb #2e0a6df1
