@@ -73,7 +73,7 @@ def reward_figure(paths, ax=None, label:str="SuperHF", colour:str=COLOURS[0]):
     check_same_reward(paths)
     means, emas = aligned(paths, "reward/mean"), aligned(paths, "reward/ema")
     ax = new_axes(ax, xlabel="superbatch", ylabel="reward")
-    ax.plot(means.index, means.mean(axis=1), ".", color=colour, alpha=0.35, markersize=4, label=f"{label}: superbatch mean")
+    ax.plot(means.index, means.mean(axis=1), ".", color=colour, alpha=0.35, markersize=4, label=f"{label}: superbatch mean" + f", over {len(emas.columns)} seeds"*(len(emas.columns) > 1))
     if len(emas.columns) > 1: ax.fill_between(emas.index, emas.min(axis=1), emas.max(axis=1), color=colour, alpha=0.2, linewidth=0, label=f"range over {len(emas.columns)} seeds")
     ax.plot(emas.index, emas.mean(axis=1), color=colour, linewidth=2, label="moving average, α = 0.9")
     ax.legend(frameon=False, fontsize=8)
@@ -106,13 +106,15 @@ def watched(path) -> tuple[pd.DataFrame, list[str]]:
 
 # %% ../nbs/11f_figures.ipynb #6ea83208
 def over_kl_figure(path, ax=None, smooth:float=0.8):
-    "Training and held-out reward over the root of the KL divergence from the starting policy."
+    "The reward that selects and the validation reward over the root of the KL divergence from the starting policy; evaluations carry the number of their superbatch."
     t, columns = watched(path)
     ax = new_axes(ax, xlabel="√KL from the starting policy (KL in nats per token)", ylabel="reward")
-    for i, (column, name) in enumerate(zip(columns, ("training reward", "held-out reward"))):
+    for i, (column, name) in enumerate(zip(columns, ("reward that selects", "validation reward"))):
         s = t if smooth == 0 else t.sort_values("kl")      # evaluations are joined in the order in which they came
         ax.plot(np.sqrt(t.kl.clip(lower=0)), t[column], ".", color=COLOURS[i], alpha=0.3 if smooth else 1, markersize=4 if smooth else 6, label=f"{name}, each record" if smooth else None)
         ax.plot(np.sqrt(s.kl.clip(lower=0)), s[column].ewm(alpha=1 - smooth).mean(), color=COLOURS[i], linestyle=DASHES[i], label=name + (f", moving average ({smooth:g})" if smooth else ""))
+    if smooth == 0:
+        for kl, y, step in zip(t.kl.clip(lower=0), t[columns[0]], t.step): ax.annotate(str(step), (math.sqrt(kl), y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7, color="0.3")
     ax.legend(frameon=False, fontsize=8)
     return ax
 
@@ -120,11 +122,12 @@ def over_kl_figure(path, ax=None, smooth:float=0.8):
 def best_of_k_figure(paths, ax=None):
     "What the best of k samples earns above one, a line per run; of PPO's runs, which sample a prompt once, there is none."
     check_same_reward(paths)
+    curves = {p: best_of_k(table_of(p, "samples").to_dict("records")) for p in paths}
+    for p, curve in curves.items():
+        if not len(curve): raise UserError(f"{str(p)!r} has no prompt with several samples, of which to take the best")
     ax = new_axes(ax, xlabel="k", ylabel="score above one sample")
     ax.set_xscale("log", base=2)
-    for i, p in enumerate(paths):
-        curve = best_of_k(table_of(p, "samples").to_dict("records"))
-        if not len(curve): raise UserError(f"{str(p)!r} has no prompt with several samples, of which to take the best")
+    for i, (p, curve) in enumerate(curves.items()):
         ax.fill_between(curve.k, curve.low, curve.high, color=COLOURS[i % 7], alpha=0.15, linewidth=0)
         ax.plot(curve.k, curve.gain, color=COLOURS[i % 7], linestyle=DASHES[i % 7], marker="o", markersize=3, label=run_label(p, paths))
     ax.xaxis.set_major_formatter("{x:g}")
@@ -167,7 +170,7 @@ def phrase_figure(path, phrases:list[str], ax=None, smooth:float=0.9):
     "How the share of samples with each phrase grows over the run."
     t = table_of(path, "samples")
     texts = [f" {' '.join(words(c))} " for c in t.completion]
-    ax = new_axes(ax, xlabel="superbatch", ylabel="share of samples", ylim=(0, 1))
+    ax = new_axes(ax, xlabel="superbatch", ylabel="share of samples", ylim=(0, 1.03))
     for i, phrase in enumerate(phrases):
         share = pd.Series([f" {' '.join(words(phrase))} " in text for text in texts], dtype=float).groupby(t.step.to_numpy()).mean()
         ax.plot(share.index, share.ewm(alpha=1 - smooth).mean(), color=COLOURS[i % 7], linestyle=DASHES[i % 7], label=phrase)
@@ -187,7 +190,13 @@ def run_figures(path, folder=None) -> list[Path]:
     from superhf.evaluation import save_figure
     folder, files = Path(folder or RunFolder(path).figures), []
     method = "PPO" if "ppo_epochs" in RunFolder(path).read_config()["config"] else "SuperHF"
-    draws = dict(reward=lambda: reward_figure([path], label=method), over_kl=lambda: over_kl_figure(path, smooth=0.0 if read_lines(RunFolder(path).evaluations) else 0.8), best_of_k=lambda: best_of_k_figure([path]), reward_by_source=lambda: source_figure(path), length=lambda: length_figure(path), phrases=lambda: winning_phrase_figure(path))
+    evaluated = read_lines(RunFolder(path).evaluations)
+    draws = dict(reward=lambda: reward_figure([path], label=method),
+                 over_kl=lambda: over_kl_figure(path, smooth=0.0 if evaluated else 0.8),
+                 best_of_k=lambda: best_of_k_figure([path]),
+                 reward_by_source=lambda: source_figure(path),
+                 length=lambda: length_figure(path),
+                 phrases=lambda: winning_phrase_figure(path))
     for name, draw in draws.items():
         try: ax = draw()
         except UserError: continue

@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'TABLE_4', 'LOCAL', 'SHOWN', 'LocalData', 'task_names', 'pla
            'pair_docs', 'row_fault', 'local_rows', 'hub_form', 'task_config', 'need_lm_eval', 'as_lm', 'check_answers',
            'run_task', 'prompt_of_sample', 'with_interval', 'weights_mark', 'EvaluateConfig', 'question', 'data_mark',
            'task_version', 'read_results', 'write_results', 'sort_results', 'evaluate', 'load_lm', 'shown_metrics',
-           'results_frame', 'cell_text', 'results_table', 'table_as', 'latex_table', 'differences', 'differences_as',
+           'results_frame', 'share_text', 'results_table', 'table_as', 'latex_table', 'differences', 'differences_as',
            'evaluate_command']
 
 # %% ../nbs/11d_tasks.ipynb #93de18be
@@ -310,7 +310,7 @@ def results_frame(results:list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "task", "metric", "value", "low", "high", "n", "right"])
 
 # %% ../nbs/11d_tasks.ipynb #232db0ac
-def cell_text(r, latex:bool=False) -> str:
+def share_text(r, latex:bool=False) -> str:
     "A cell: share, interval, and how many of how many."
     count = f"{int(r.right)}/{r.n}" if pd.notna(r.right) else f"n={r.n}"
     return f"{r.value:.3f} [{r.low:.2f}, {r.high:.2f}] {count}" if not latex else f"{r.value:.3f} {{\\scriptsize [{r.low:.2f}, {r.high:.2f}] {count}}}"
@@ -318,7 +318,7 @@ def cell_text(r, latex:bool=False) -> str:
 # %% ../nbs/11d_tasks.ipynb #4a4308f0
 def results_table(frame:pd.DataFrame, latex:bool=False) -> pd.DataFrame:
     "Models by tasks, in the order given."
-    cells = frame.assign(cell=[cell_text(r, latex) for r in frame.itertuples()])
+    cells = frame.assign(cell=[share_text(r, latex) for r in frame.itertuples()])
     return cells.pivot(index="model", columns="task", values="cell").loc[list(dict.fromkeys(frame.model)), list(dict.fromkeys(frame.task))]
 
 # %% ../nbs/11d_tasks.ipynb #6f478407
