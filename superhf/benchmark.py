@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BenchmarkConfig', 'policy_for', 'reward_for', 'median_seconds', 'matrix_rate', 'read_rate', 'machine_limits',
-           'matrix_weights', 'cache_bytes', 'sampling_limit', 'update_limit', 'by_generate', 'by_plain_loop', 'Endless',
+           'matrix_weights', 'cache_bytes', 'sampling_limit', 'update_limit', 'by_generate', 'by_plain_loop',
            'prompt_of', 'row', 'sampling_works', 'sampling_rows', 'scoring_rows', 'superbatch_rows', 'ppo_rows',
            'add_ratios', 'run_benchmark', 'table_text', 'main']
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch, pandas as pd
 from .core import UserError, opt, writable
 from .drawing import SamplingConfig
-from .generation import BatchSize, Completion, Sampler
+from .generation import BatchSize, NoEnd, Sampler
 from .inference import multiplies_in_bfloat16, sampling_dtype
 from .models import SHAPES, in_format, load_policy, number_tokenizer, pick_device, random_policy, random_shape
 from .prompts import get_format
@@ -60,7 +60,7 @@ def reward_for(c:BenchmarkConfig):
 # %% ../nbs/14_benchmark.ipynb #c9cc3068
 def median_seconds(works:dict, # name -> function without arguments
                    repeats:int, device) -> dict:
-    "Median wall-clock seconds of each work over `repeats` rounds after one that is not counted; the works take turns, so that a slow minute meets them all."
+    "Median wall-clock seconds (of an even number the upper middle) of each work over `repeats` rounds after one that is not counted; the works take turns, so that a slow minute meets them all."
     sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     times = {name: [] for name in works}
     for _ in range(repeats + 1):
@@ -90,11 +90,11 @@ def machine_limits(device) -> dict:
     return dict(float32=matrix_rate(torch.float32, device), bfloat16=matrix_rate(torch.bfloat16, device), read=read_rate(device))
 
 # %% ../nbs/14_benchmark.ipynb #874efaaf
-def matrix_weights(model) -> int:
-    "Weights that every token is multiplied with: all matrices, the output layer among them, without embedding tables."
-    tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+def matrix_weights(model) -> tuple[int, int]:
+    "Weights that a token is multiplied with: those of all matrices but the output layer, without embedding tables, and those of the output layer."
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     head = getattr(model.get_output_embeddings(), "weight", None)
-    return sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in tables) + (head.numel() if id(head) in tables else 0)
+    return sum(p.numel() for p in model.parameters() if p.dim() == 2 and id(p) not in tables and p is not head), 0 if head is None else head.numel()
 
 # %% ../nbs/14_benchmark.ipynb #317c80c0
 def cache_bytes(model, dtype:torch.dtype) -> int:
@@ -106,16 +106,20 @@ def cache_bytes(model, dtype:torch.dtype) -> int:
 
 # %% ../nbs/14_benchmark.ipynb #8cd7723e
 def sampling_limit(model, dtype:torch.dtype, rows:int, prompt:int, new:int, limits:dict) -> float:
-    "Least seconds to sample `new` tokens for `rows` rows after one shared prompt of `prompt` tokens."
-    W, c, rate = matrix_weights(model), cache_bytes(model, dtype), limits["bfloat16" if dtype.itemsize == 2 else "float32"]
-    step = lambda t: max(2*W*rows/rate, (dtype.itemsize*W + c*rows*(prompt + t))/limits["read"])
-    return 2*W*prompt/rate + sum(map(step, range(1, new)))
+    "Least seconds to sample `new` tokens for `rows` rows after one shared prompt of `prompt` tokens: the output layer for its last token alone, the prompt's keys and values read once a step."
+    (body, head), c, rate = matrix_weights(model), cache_bytes(model, dtype), limits["bfloat16" if dtype.itemsize == 2 else "float32"]
+    step = lambda t: max(2*(body + head)*rows/rate, (dtype.itemsize*(body + head) + c*(prompt + rows*t))/limits["read"])
+    return 2*(body*prompt + head)/rate + sum(map(step, range(1, new)))
 
 # %% ../nbs/14_benchmark.ipynb #82338b11
-def update_limit(model, dtype:torch.dtype, tokens:int, limits:dict, reference:bool=True) -> float:
-    "Least seconds to train on `tokens` tokens: forward, backward (twice that), the reference's forward, and AdamW's reading of weights, gradients and moments."
-    rate, weights = limits["bfloat16" if dtype.itemsize == 2 else "float32"], sum(p.numel() for p in model.parameters())
-    return 2*matrix_weights(model)*tokens*(3 + reference)/rate + 4*dtype.itemsize*weights/limits["read"]
+def update_limit(model, dtype:torch.dtype,
+                 reference:torch.dtype,        # number format of the starting policy
+                 prompt:int, completion:int,   # tokens
+                 limits:dict) -> float:
+    "Least seconds to train on a completion: forward, backward (twice that) and the reference's forward, with the output layer for the completion's tokens alone, and AdamW's reading of weights, gradients and moments."
+    (body, head), rate = matrix_weights(model), lambda dtype: limits["bfloat16" if dtype.itemsize == 2 else "float32"]
+    forward, weights = 2*(body*(prompt + completion) + head*completion), sum(p.numel() for p in model.parameters())
+    return 3*forward/rate(dtype) + forward/rate(reference) + 4*dtype.itemsize*weights/limits["read"]
 
 # %% ../nbs/14_benchmark.ipynb #eca88b33
 @torch.no_grad()
@@ -139,15 +143,6 @@ def by_plain_loop(model, ids:list[int], rows:int, c:SamplingConfig) -> torch.Ten
         tokens = torch.cat([tokens, new], 1)
     return tokens[:, len(ids):]
 
-# %% ../nbs/14_benchmark.ipynb #e5e57191
-class Endless:
-    "A stop rule by which nothing ends before the token limit."
-    def __init__(self, rule): self.tokenizer, self.eos = rule.tokenizer, set()
-    def __call__(self, ids): return ""
-    def complete(self, ids, stop, logprobs=None):
-        "All ids as a completion that met the limit."
-        return Completion(ids, self.tokenizer.decode(ids, skip_special_tokens=True).strip(), False, "length", logprobs)
-
 # %% ../nbs/14_benchmark.ipynb #8856652d
 def prompt_of(format, tokenizer, tokens:int) -> str:
     "A question of numbers that is encoded in about `tokens` tokens: not more, unless the format alone takes more."
@@ -170,7 +165,7 @@ def sampling_works(c:BenchmarkConfig, policy, tokenizer, prompt:str, ids:list[in
     formats = {sampling_dtype(name, policy): name for name in ("policy", c.sampling_dtype)}
     for dtype, name in formats.items():
         sampler = Sampler(policy, tokenizer, format, config, c.superbatch_size, name)
-        sampler.rule = Endless(sampler.rule)
+        sampler.rule = NoEnd(tokenizer)
         other = policy if dtype == policy.dtype else in_format(copy.deepcopy(policy), dtype)
         works["superhf", dtype] = lambda sampler=sampler: sampler([prompt]*c.superbatch_size, 0, 1)
         works["generate", dtype] = lambda other=other: by_generate(other, ids, c.superbatch_size, config)
@@ -205,10 +200,10 @@ def superbatch_rows(c:BenchmarkConfig, policy, tokenizer, reward, limits:dict) -
                            generation_batch_size=c.superbatch_size, dtype=c.dtype, sampling_dtype=c.sampling_dtype, device=c.device, holdout=0, prompt_order="shuffled"))
     prompt = prompt_of(get_format("auto", tokenizer), tokenizer, c.prompt_tokens)
     trainer = SuperHFTrainer(config, policy, tokenizer, reward, [dict(source="benchmark", prompt=prompt)])
-    trainer.sampler.rule = Endless(trainer.sampler.rule)
+    trainer.sampler.rule = NoEnd(tokenizer)
     records = pd.DataFrame(trainer.train(progress=False)[1:])
     n, given, sampled = c.superbatch_size, len(get_format("auto", tokenizer).encode(prompt, tokenizer)), sampling_dtype(c.sampling_dtype, policy)
-    parts = {"generate": sampling_limit(policy, sampled, n, given, c.max_new_tokens, limits), "score": 0.0, "finetune": update_limit(policy, policy.dtype, given + c.max_new_tokens, limits)}
+    parts = {"generate": sampling_limit(policy, sampled, n, given, c.max_new_tokens, limits), "score": 0.0, "finetune": update_limit(policy, policy.dtype, sampled, given, c.max_new_tokens, limits)}
     rows = [row("superbatch", records["time/total"].median(), n*c.max_new_tokens, sum(parts.values()), policy.device)]
     return rows + [row(f"  of it {k}", records[f"time/{k}"].median(), limit=limit, device=policy.device) for k, limit in parts.items()]
 
@@ -223,7 +218,7 @@ def ppo_rows(c:BenchmarkConfig, policy, tokenizer, reward) -> list[dict]:
     format = get_format("auto", tokenizer)
     prompts = [dict(source="benchmark", prompt=prompt_of(format, tokenizer, c.prompt_tokens - i % 4)) for i in range(c.superbatch_size)]
     trainer = PPOTrainer(config, policy, tokenizer, reward, prompts)
-    trainer.sampler.rule = Endless(trainer.sampler.rule)
+    trainer.sampler.rule = NoEnd(tokenizer)
     records = pd.DataFrame(trainer.train(progress=False)[1:])
     rows = [(format.encode(p["prompt"], tokenizer), format.encode(p["prompt"], tokenizer)[:1]*c.max_new_tokens) for p in prompts]
     batch, mixed = BatchSize(config.finetuning_batch_size, ""), multiplies_in_bfloat16(config.mixed_precision, policy.device)

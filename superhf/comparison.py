@@ -31,7 +31,7 @@ def means_table(answers:dict,    # name of the policy -> records of `superhf.eva
     rows = []
     for reward in rewards:
         for name, records in answers.items():
-            means = prompt_means(records, reward).dropna()
+            means = prompt_means(records, reward).replace([np.inf, -np.inf], np.nan).dropna()
             parts = {"all": means} | {s: means[s] for s in means.index.get_level_values(0).unique()}
             for source, part in parts.items():
                 low, high = bootstrap_interval(part)
@@ -48,7 +48,7 @@ def wins_by_prompt(first:list[dict], second:list[dict], reward:str) -> np.ndarra
         return found
     a, b = scores(first), scores(second)
     if a.keys() != b.keys(): raise UserError("win rates need answers of both policies to the same prompts")
-    wins = [[(x > y) + 0.5*(x == y) for x in a[p] for y in b[p] if x == x and y == y] for p in a]
+    wins = [[(x > y) + 0.5*(x == y) for x in a[p] for y in b[p] if None not in (x, y) and x == x and y == y] for p in a]
     return np.array([np.mean(w) for w in wins if w])
 
 # %% ../nbs/11e_comparison.ipynb #eedff92e
@@ -67,7 +67,7 @@ def win_rates(answers:dict, rewards:list[str]) -> pd.DataFrame:
             for b in names[:i]:
                 wins = wins_by_prompt(answers[a], answers[b], reward)
                 low, high = wins_interval(wins)
-                change = (prompt_means(answers[a], reward) - prompt_means(answers[b], reward)).dropna()
+                change = (prompt_means(answers[a], reward) - prompt_means(answers[b], reward)).replace([np.inf, -np.inf], np.nan).dropna()
                 rows.append(dict(reward=reward, policy=a, against=b, wins=wins.mean(), low=low, high=high, difference=change.mean(), p=signed_ranks(change)))
     table = pd.DataFrame(rows, columns=["reward", "policy", "against", "wins", "low", "high", "difference", "p"])
     return table.assign(p_holm=holm(table.p))

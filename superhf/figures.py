@@ -14,6 +14,7 @@ import numpy as np, pandas as pd
 from .core import UserError
 from .gaming import best_of_k, winning_phrases, words
 from .runs import RunFolder, read_lines, read_samples
+from .statistics import t_quantile
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 DASHES = ["-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1))]
@@ -141,16 +142,17 @@ def thirds(t:pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/11f_figures.ipynb #6bf7d413
 def source_figure(path, ax=None):
-    "Mean reward by source in the first and the last third of a run."
+    "Mean reward by source in the first and the last third of a run, with Student's 95 % interval over superbatches; a single one has none."
     t = table_of(path, "samples", needs=("source", "score")).dropna(subset=["score"])
     if t.empty: raise UserError(f"{str(path)!r} has no scored samples yet")
     t = thirds(t.groupby(["step", "source"], as_index=False).score.mean())       # a superbatch of several prompts may have several sources
-    groups = t.groupby(["part", "source"], observed=True).score.agg(["mean", "sem"])
+    groups = t.groupby(["part", "source"], observed=True).score.agg(["mean", "sem", "size"])
+    groups["half"] = [t_quantile(0.95, n - 1)*sem if n > 1 else math.nan for n, sem in zip(groups["size"], groups["sem"])]
     sources = sorted(t.source.unique())
     ax = new_axes(ax, xlabel="reward", yticks=range(len(sources)), yticklabels=sources)
     for i, part in enumerate(("first third", "last third")):
         g = groups.loc[part].reindex(sources) if part in groups.index else groups.iloc[:0]
-        ax.errorbar(g["mean"], np.arange(len(g)) + 0.12*(2*i - 1), xerr=1.96*g["sem"].fillna(0), fmt="os"[i], color=COLOURS[i], capsize=2, label=part)
+        ax.errorbar(g["mean"], np.arange(len(g)) + 0.12*(2*i - 1), xerr=g["half"], fmt="os"[i], color=COLOURS[i], capsize=2, label=part)
     ax.invert_yaxis(); ax.legend(frameon=False, fontsize=8)
     return ax
 

@@ -177,10 +177,10 @@ def without_parts(table:pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/06a_gaming.ipynb #1b593176
 def without_phrase(text:str, phrase:str) -> str:
-    "The text with the phrase taken out, however it is spaced and capitalized."
-    parts = words(phrase.removeprefix("… "))
-    edge = lambda part: bool(re.match(r"[\w']", part))     # a word must not be taken out of another one
-    pattern = r"(?<![\w'])"*edge(parts[0]) + r"\s*".join(map(re.escape, parts)) + r"(?![\w'])"*edge(parts[-1])
+    "The text with the phrase taken out, however it is spaced and capitalized; an ending (with …) is taken from the end alone."
+    parts, ending = words(phrase.removeprefix("… ")), phrase.startswith("… ")
+    kind = lambda part: r"[\w']" if re.match(r"[\w']", part) else r"[^\w\s']"     # no word out of another one, no mark out of a run of marks
+    pattern = f"(?<!{kind(parts[0])})" + r"\s*".join(map(re.escape, parts)) + f"(?!{kind(parts[-1])})" + r"\s*\Z"*ending
     return " ".join(re.sub(pattern, " ", text, flags=re.I).split())
 
 # %% ../nbs/06a_gaming.ipynb #d4a36842
@@ -201,7 +201,8 @@ def growth(samples:list[dict], phrases:list[str]) -> pd.DataFrame:
     last, wanted = max((r["step"] for r in samples), default=0), set(phrases)
     parts = [[wanted & phrases_of(r["completion"]) for r in samples if inside(r["step"])] for inside in (lambda t: t <= last/3, lambda t: t > 2*last/3)]
     counts = [[sum(p in found for found in part) for p in phrases] for part in parts]
-    n, m = (max(1, len(part)) for part in parts)
+    n, m = map(len, parts)
+    if not (n and m): return pd.DataFrame(dict(phrase=phrases, early=math.nan, late=math.nan, p=math.nan))      # too few superbatches for a third
     return pd.DataFrame(dict(phrase=phrases, early=np.array(counts[0])/n, late=np.array(counts[1])/m, p=[chance_of_more(b, m, a, n) for a, b in zip(*counts)]))
 
 # %% ../nbs/06a_gaming.ipynb #f65fec38

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['Completion', 'StopRule', 'unfit', 'check_architecture', 'prefill', 'Batch', 'read_prompts', 'forward', 'propose_next',
            'take', 'Graphs', 'advance', 'decode_rows', 'is_out_of_memory', 'BatchSize', 'token_limit', 'check_room',
-           'Sampler', 'check_prompts', 'SamplingOptions', 'sampling_config', 'load_sampler', 'sample_all']
+           'NoEnd', 'check_decoding', 'Sampler', 'check_prompts', 'SamplingOptions', 'sampling_config', 'load_sampler',
+           'sample_all']
 
 # %% ../nbs/04_generation.ipynb #c0741247
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import numpy as np, torch
 from transformers.cache_utils import Cache
-from .core import UserError, opt, patch
+from .core import UserError, first_line, opt, patch
 from .drawing import SamplingConfig, penalize, propose, settle, token_probs, uniforms
 from .inference import RowLayer, SamplingCopy, decoding, fill_holes, for_sampling, sampling_dtype
 
@@ -25,6 +26,7 @@ class Completion:
     ended: bool                       # ended by itself: False when cut at the token limit
     stop: str                         # `eos`, `turn` or `length`
     logprobs: list[float]|None = None # of `ids` under the policy, when asked for
+    drawn: int = field(default=0, compare=False) # ids sampled, with those of a new turn that was cut off
 
 # %% ../nbs/04_generation.ipynb #9b7959ff
 class StopRule:
@@ -43,9 +45,10 @@ class StopRule:
 
     def complete(self, ids:list[int], stop:str, logprobs=None) -> Completion:
         "The finished record; a new turn is cut off, in text and ids."
+        drawn = len(ids)
         if stop == "turn": ids = self.before_turn(ids)
         text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return Completion(ids, text, bool(stop), stop or "length", None if logprobs is None else logprobs[:len(ids)])
+        return Completion(ids, text, bool(stop), stop or "length", None if logprobs is None else logprobs[:len(ids)], drawn)
 
     def before_turn(self, ids:list[int]) -> list[int]:
         "The ids that the text before the new turn is made of."
@@ -273,10 +276,12 @@ class BatchSize:
 
 # %% ../nbs/04_generation.ipynb #cfb0d2ad
 def token_limit(model) -> tuple:
-    "Tokens that a row may have, and the config's name for that; the smallest of its context and its sliding windows."
+    "Tokens that a row may have, and the config's name for that; the smallest of its context, its sliding windows, its chunks, and the length at which LongRoPE changes its frequencies."
     config = model.config.get_text_config()
-    limits = {name: getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "sliding_window")}
+    limits = {name: getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "sliding_window", "attention_chunk_size")}
     if "local" in getattr(config, "attention_layers", ()): limits["window_size"] = config.window_size      # GPT-Neo
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope": limits["original_max_position_embeddings"] = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     return min(((limit, name) for name, limit in limits.items() if limit), default=(math.inf, ""))
 
 # %% ../nbs/04_generation.ipynb #0a903f9a
@@ -284,6 +289,33 @@ def check_room(model, tokens:int):
     "Refuse rows that are longer than the model's context or its sliding window."
     limit, name = token_limit(model)
     if tokens > limit: raise UserError(f"prompt and completion together take {tokens} tokens, and this model's {name} is {limit}: shorten the prompts or max_new_tokens")
+
+# %% ../nbs/04_generation.ipynb #32ca2b1e
+class NoEnd:
+    "A stop rule by which a row ends at the token limit alone."
+    eos = frozenset()
+    def __init__(self, tokenizer): self.tokenizer = tokenizer
+    def __call__(self, ids:list[int]) -> str: return ""
+
+    def complete(self, ids:list[int], stop:str, logprobs=None) -> Completion:
+        "All ids as a completion that met the limit."
+        return Completion(ids, self.tokenizer.decode(ids, skip_special_tokens=True).strip(), False, "length", logprobs, len(ids))
+
+# %% ../nbs/04_generation.ipynb #b7f708f6
+@torch.no_grad()
+def check_decoding(model, tokenizer):
+    "Refuse a model whose rows, decoded step by step side by side, are not what one pass over each of them says."
+    config, prompts = SamplingConfig(max_new_tokens=3, temperature=0.0, repetition_penalty=1.0), [[1], [1, 2, 3]]
+    with decoding(model):
+        try: rows = decode_rows(Batch(model, config, 2, 32), prompts, np.zeros((2, 3, 4)), NoEnd(tokenizer), logprobs=True)
+        except (IndexError, KeyError, AttributeError, TypeError, ValueError) as e:
+            if isinstance(e, UserError): raise
+            raise unfit(model, f"cannot be decoded step by step ({first_line(e)})") from e
+        for prompt, row in zip(prompts, rows):
+            ids = torch.tensor([prompt + row.ids], device=model.device)
+            whole = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, len(prompt)-1:-1].float().log_softmax(-1)
+            apart = (whole.gather(1, ids[0, len(prompt):, None])[:, 0].cpu() - torch.tensor(row.logprobs)).abs().max()
+            if apart > (0.01 if model.dtype == torch.float32 else 0.25): raise unfit(model, "counts positions, or keeps its cache, in a way of its own")
 
 # %% ../nbs/04_generation.ipynb #fc1a0c20
 class Sampler:
@@ -293,6 +325,7 @@ class Sampler:
                  dtype:str="auto",      # number format: `auto`, `policy`, or one by name
                  apart:bool=False):     # sample from a copy even in the policy's own format: its weights are in shards
         check_architecture(policy)
+        check_decoding(policy, tokenizer)
         self.policy, self.tokenizer, self.format, self.config = policy, tokenizer, format, config
         generation = getattr(policy, "generation_config", None)
         eos = getattr(generation, "eos_token_id", None)

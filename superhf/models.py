@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'DEMO_POLICY', 'TINY', 'SHAPES', 'as_dtype', 'in_format', 'pick_device', 'package_file', 'cache_dir',
            'write_beside', 'convert_gguf', 'demo_policy_dir', 'at_home', 'model_source', 'from_source', 'with_padding',
            'load_tokenizer', 'read_policy', 'load_policy', 'number_tokenizer', 'random_shape', 'random_policy',
-           'add_lora', 'trainable', 'ready_policy']
+           'adapted_layers', 'add_lora', 'trainable', 'ready_policy']
 
 # %% ../nbs/03_models.ipynb #c59d97d4
 import importlib.util, os, shutil, tempfile
@@ -197,12 +197,18 @@ def random_policy(name:str, dtype:str="float32", device="cpu"):
     model = random_shape(name, AutoModelForCausalLM, dtype, device)
     return model, number_tokenizer(model.config.vocab_size)
 
+# %% ../nbs/03_models.ipynb #850c0185
+def adapted_layers(model) -> str|list[str]:
+    "What adapters are put on: all linear layers. Experts that are kept as one tensor are no layers, and stay as they are."
+    if not any(p.dim() == 3 for p in model.parameters()): return "all-linear"
+    return sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings()})
+
 # %% ../nbs/03_models.ipynb #100ee948
 def add_lora(model, rank:int=8, alpha:float|None=None, dropout:float=0.0,
              seed:int=0): # of the adapters' random start: the same in every process, and in a run begun again
     "The model with LoRA adapters on all its linear layers; only they are trained."
     from peft import LoraConfig, get_peft_model
-    config = LoraConfig(r=rank, lora_alpha=alpha or 2*rank, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=alpha or 2*rank, lora_dropout=dropout, target_modules=adapted_layers(model), task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         return get_peft_model(model, config).eval()

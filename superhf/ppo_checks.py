@@ -87,7 +87,7 @@ REPEATED = re.compile(r"(.{1,40}?)\1{2,}", re.DOTALL)
 
 # %% ../nbs/09c_ppo_checks.ipynb #55188cc0
 def repetition_share(text:str) -> float:
-    "Share of a text's characters in runs of three or more equal pieces (section 5.2: OWOWOW)."
+    "Share of a text's characters in runs of three or more equal pieces of at most 40 characters (section 5.2: OWOWOW), found from left to right; a run inside a repeated piece may hide the larger one."
     return sum(len(m[0]) for m in REPEATED.finditer(text))/len(text) if text else 0.0
 
 # %% ../nbs/09c_ppo_checks.ipynb #cafdcc52

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['raw_lines', 'is_utf8', 'json_fault', 'csv_fault', 'file_kind', 'find_fault', 'quiet', 'load', 'one_question',
-           'column_values', 'as_text', 'dataset_rows', 'faults_in', 'checked_rows', 'read_file', 'pick_split',
-           'mirror_files', 'hub_errors', 'Reader', 'beside']
+           'column_values', 'as_text', 'dataset_rows', 'faults_in', 'checked_rows', 'as_written', 'read_file',
+           'pick_split', 'mirror_files', 'hub_errors', 'Reader', 'beside']
 
 # %% ../nbs/00_reading.ipynb #0eee233e
 import contextlib, csv, glob, gzip, io, json, logging, os, tempfile, zlib
@@ -180,6 +180,13 @@ def checked_rows(dataset,      # a datasets.Dataset
             for path in paths: find_fault(path, columns[0], only_json=True)
         yield values
 
+# %% ../nbs/00_reading.ipynb #0a09e62f
+def as_written(path, columns:list):
+    "An iterator over these columns of a JSONL file as they are written, a dict for every row; None where there is nothing to read so."
+    if not columns or Path(path).name.removesuffix(".gz").endswith(".json"): return None
+    rows = (json.loads(line.decode("utf-8-sig")) for _, line in raw_lines(path) if line.strip())
+    return ({c: row.get(c) for c in columns} for row in rows)
+
 # %% ../nbs/00_reading.ipynb #3b82af22
 def read_file(path,            # JSONL, JSON, CSV, Parquet or text file, gzipped or not
               column="prompt", # column of text; a text file has one prompt a line
@@ -196,7 +203,8 @@ def read_file(path,            # JSONL, JSON, CSV, Parquet or text file, gzipped
         dataset = load(kind, data_files=glob.escape(str(path)), split="train", cache_dir=cache, **options)
         texts = [column] + [c for c in extra if c in dataset.column_names and c != column]
         rest = [c for c in dataset.column_names if others and c not in (inside, *texts)]
-        for values in checked_rows(dataset, [inside] + texts[1:], [path], path, rest): yield dict(zip(texts + rest, values))
+        written = as_written(path, [c for c in texts + rest if str(getattr(dataset.features.get(c), "dtype", "")).startswith("timestamp")]) if kind == "json" else None
+        for values in checked_rows(dataset, [inside] + texts[1:], [path], path, rest): yield dict(zip(texts + rest, values)) | (next(written) if written else {})
 
 # %% ../nbs/00_reading.ipynb #0a706814
 def pick_split(splits,    # a datasets.DatasetDict

@@ -28,7 +28,7 @@ def split_dialogue(text:str) -> tuple[str, str]:
 
 # %% ../nbs/10_reward_judging.ipynb #0ba6dcaf
 def opening_question(prompt:str) -> str:
-    "The first human turn of a dialogue or a bare question."
+    "What stands before the first answer of a dialogue, or a bare question."
     return prompt.split("\n\nAssistant:")[0].strip().removeprefix("Human:").strip()
 
 # %% ../nbs/10_reward_judging.ipynb #11f4b4f4
@@ -81,7 +81,7 @@ def as_dialogue(side,        # chosen or rejected: an HH dialogue, messages, or 
                ) -> str:
     "One side of a pair as an HH dialogue."
     messages = lambda x, role: [dict(role=role, content=x)] if isinstance(x, str) else list(x) if hasattr(x, "__iter__") else []
-    if isinstance(side, str) and ("\n\nAssistant:" in side or not messages(prompt, "user")): return side
+    if isinstance(side, str) and (side.lstrip().startswith("Human:") and "\n\nAssistant:" in side or not messages(prompt, "user")): return side
     turns = messages(side, "assistant")
     alone = bool(turns) and isinstance(turns[0], dict) and turns[0].get("role") == "assistant"       # else the prompt is among the messages
     return dialogue_of(messages(prompt, "user")*alone + turns)

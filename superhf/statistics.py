@@ -75,6 +75,7 @@ def paired_p(first, # right or not, or any score, question by question
 def signed_ranks(differences, draws:int=20_000, seed:int=0) -> float:
     "Two-sided p-value of Wilcoxon's signed-rank test, ties with their mean rank, zeros left out; over all signs, or drawn ones."
     d = np.asarray(differences, float)
+    if not np.isfinite(d).all(): raise UserError(f"differences must be finite numbers, got {d[~np.isfinite(d)][0]} among {len(d)}; leave such pairs out")
     d = d[d != 0]
     if not len(d): return 1.0
     ranks = pd.Series(np.abs(d)).rank().to_numpy()

@@ -100,10 +100,13 @@ def check_range(name:str, r):
 
 # %% ../nbs/13_sweep.ipynb #8e2067e4
 def draw_one(r, u:float): # in [0, 1)
-    "The value at `u` of a list or a range: evenly, or (`log`) evenly in the logarithm; whole numbers stay whole."
+    "The value at `u` of a list or a range: evenly, or (`log`) evenly in the logarithm; whole numbers stay whole, each as likely as the next, and nothing leaves the range."
     if isinstance(r, list): return r[int(u*len(r))]
-    value = math.exp(math.log(r["low"])*(1 - u) + math.log(r["high"])*u) if r.get("log") else r["low"] + u*(r["high"] - r["low"])
-    return round(value) if isinstance(r["low"], int) and isinstance(r["high"], int) else float(f"{value:.3g}")
+    low, high = r["low"], r["high"]
+    whole = isinstance(low, int) and isinstance(high, int)
+    end = high + 1 if whole else high
+    value = math.exp(math.log(low)*(1 - u) + math.log(end)*u) if r.get("log") else low + u*(end - low)
+    return min(max(math.floor(value) if whole else float(f"{value:.3g}"), low), high)
 
 # %% ../nbs/13_sweep.ipynb #ab91c28a
 def draw(ranges:dict, number:int) -> dict:

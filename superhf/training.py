@@ -47,7 +47,7 @@ class SuperHFConfig:
     superbatch_size: int = opt(32, "completions per superbatch, S (section 3.1; Table 2's generation batch)", low=1)
     superbatch_prompts: int = opt(1, "different prompts per superbatch: 1 is the paper's final method, S its general form (section 3.1)", low=1)
     top_k: int = opt(1, "completions kept per superbatch, K (Table 2)", low=1)
-    select_margin: float = opt(0.0, "a completion is only kept where its score, after penalties, is at least this above the mean of its prompt's completions; 0 is off", low=0)
+    select_margin: float = opt(0.0, "a completion is only kept where its score, after penalties, is at least this above the mean of its prompt's different completions; 0 is off", low=0)
     prompt_accumulation: int = opt(1, "superbatches, each of its own prompts, that are sampled and scored before one optimizer step on the best of each", low=1)
     put_back: bool = opt(False, "prompts of which no completion was kept come again at the end of the pass (section 3.1)")
     max_new_tokens: int = opt(64, "longest completion, in tokens (Table 2)", low=1)
@@ -209,12 +209,12 @@ GLOSSARY = {
     "ended/share": Metric("completions that ended by themselves / S", "share, 0 to 1", "high, or rising"),
     "empty/share": Metric("completions without any text / S", "share, 0 to 1", "near 0"),
     "diversity": Metric("different texts / S", "share, 0 to 1", "near 1; all are the same at 1/S"),
-    "reward/best_of_4": Metric("expected best score of 4 of the completions with text, estimated from all of them ([gaming](06a_gaming.ipynb)); None where there are fewer than 4", "score", "above reward/mean: the distance is what selecting among 4 buys"),
+    "reward/best_of_4": Metric("expected best score of 4 of the completions with text, estimated from all of them ([gaming](06a_gaming.ipynb)); None where there are fewer than 4", "score", "above reward/mean: with one prompt the distance is what selecting among 4 buys, with several it also has what prompts differ by"),
     "diversity/distinct": Metric("different word pairs / all word pairs of the superbatch; None where there are none", "share, 0 to 1", "stays near its start"),
     "diversity/overlap": Metric("word pairs that two completions have in common / word pairs of a completion, mean over pairs of completions", "share, 0 to 1", "stays near its start; all are the same at 1"),
     "selected": Metric("completions trained on: K, times prompt_accumulation", "completions", "constant; 0 when the superbatch was skipped"),
     "skipped": Metric("why the superbatch changed nothing", "-", "empty"),
-    "tokens/generated": Metric("tokens sampled since the start of the run", "tokens", "rises by S · length/mean"),
+    "tokens/generated": Metric("tokens sampled since the start of the run, with those of a new turn that was cut off", "tokens", "rises by S · length/mean, or a little more"),
     "time/generate": Metric("wall time of sampling", "s", "constant; with time/finetune nearly all of time/total"),
     "time/score": Metric("wall time of scoring, by both reward models", "s", "constant"),
     "time/finetune": Metric("wall time of the loss, its gradient and the step", "s", "constant"),
@@ -345,7 +345,7 @@ def record(self:Ground, step, prompts, completions, scores, validation, chosen, 
     "The line of metrics of one superbatch; `GLOSSARY` explains the keys."
     stats, texts = score_stats(scores), [c.text for c in completions]
     if stats["reward/mean"] is not None: self.ema = ema(self.ema, stats["reward/mean"])
-    self.tokens += sum(len(c.ids) for c in completions)
+    self.tokens += sum(c.drawn or len(c.ids) for c in completions)
     best = lambda s: None if s is None or not chosen else s[chosen[0]].item()
     watched = None if validation is None else score_stats(validation)["reward/mean"]
     rewards = stats | {"reward/best": best(scores), "reward/ema": self.ema, "reward_val/mean": watched, "reward_val/best": best(validation)}
