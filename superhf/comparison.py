@@ -18,7 +18,7 @@ from .evaluation import best_of_n, bootstrap_interval, held_out, prompt_means
 from .generation import SamplingOptions, check_prompts, load_sampler, sample_all
 from .models import at_home
 from .paper_tables import FRIDGE_PROMPT, fridge_table
-from .reward_models import FunctionReward
+from .reward_functions import FunctionReward
 from .runs import RunFolder, plain, read_lines
 from .statistics import holm, signed_ranks, wilson
 from .training import turns_of

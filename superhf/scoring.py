@@ -18,7 +18,8 @@ from .core import UserError, check_config, first_line, opt, writable
 from .generation import BatchSize, is_out_of_memory
 from .models import pick_device
 from .reading import file_kind, is_utf8, read_file
-from .reward_models import load_reward_model, teach
+from .reward_functions import teach
+from .reward_models import load_reward_model
 
 # %% ../nbs/06_scoring.ipynb #754ab45a
 def reward_name(reward) -> str:

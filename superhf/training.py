@@ -23,7 +23,8 @@ from .models import ready_policy, trainable, with_padding
 from .objectives import Reference, accumulate, checkpointing, make_optimizer, mean_kl, optimizer_step, target_ids
 from .processes import Processes
 from .prompts import get_format
-from .reward_models import load_reward_model, teach
+from .reward_functions import teach
+from .reward_models import load_reward_model
 from .runs import RunFolder, RunLoop, peak_memory, return_memory
 from .scoring import Shaping, call_reward, penalties, select_margin, select_top_k
 
