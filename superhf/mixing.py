@@ -209,7 +209,7 @@ def to_dataset(rows):
     from datasets import Dataset
     columns = dict.fromkeys(("id", "source", "prompt", *(c for r in rows for c in r if c != ORIGIN)))
     try: return Dataset.from_dict({c: [r.get(c) for r in rows] for c in columns})
-    except ValueError as e: raise UserError(f"the columns {', '.join(columns)} of the sources do not go together: {first_line(e)}") from e
+    except (TypeError, ValueError) as e: raise UserError(f"the columns {', '.join(columns)} of the sources do not go together: {first_line(e)}") from e
 
 # %% ../nbs/01_mixing.ipynb #6e90febf
 def build_mix(config:DataConfig) -> tuple:

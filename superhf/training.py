@@ -275,7 +275,7 @@ class Ground(RunLoop):
     def put_back(self, prompts, each:int, chosen:list[int]):
         "Queue the prompts of which no completion was kept."
         kept = {i//each for i in chosen}
-        self.queue["back"] += [p for i, p in enumerate(prompts) if i not in kept]
+        self.queue["back"] += [dict(source=p["source"], prompt=p["prompt"]) for i, p in enumerate(prompts) if i not in kept]     # other columns may not fit into a checkpoint
 
     def score(self, prompts, completions) -> tuple:
         "Scores of the reward model, and of the one that only watches."
