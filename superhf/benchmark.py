@@ -54,7 +54,7 @@ def reward_for(c:BenchmarkConfig):
     from superhf.reward_models import ClassifierScore, TextReward, encode_texts
     model = random_shape(c.reward_model, AutoModelForSequenceClassification, "float32", pick_device(c.device), num_labels=1)
     tokenizer = number_tokenizer(model.config.vocab_size)
-    reward = TextReward(ClassifierScore(model.requires_grad_(False)), tokenizer, lambda p, t: encode_texts(tokenizer, p, t, 512, "text"), c.reward_model)
+    reward = TextReward(ClassifierScore(model.requires_grad_(False)), tokenizer, lambda p, t: encode_texts(tokenizer, p, t, 512, "text"), c.reward_model, max_length=512)
     return Scorer(reward, batch_size=32)
 
 # %% ../nbs/14_benchmark.ipynb #c9cc3068

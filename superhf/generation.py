@@ -91,7 +91,7 @@ class Batch:
         self.column, self.step = zeros(1), zeros(1)            # the column it goes to, the same in all rows; how many there are
         self.mask = zeros(rows, 1, 1, room, dtype=model.dtype) # added to attention scores: 0, or the lowest number
         self.uniforms = zeros(rows, config.max_new_tokens, 4, dtype=torch.float64) # four numbers for each token
-        self.layers, self.graphs = [], Graphs()                # keys and values; captured steps
+        self.layers, self.graphs = [], Graphs(model.device)    # keys and values; captured steps
         self.ban = None                                        # added to the logits while the end token may not be drawn
         self.ask = model.device.type == "cpu"                  # whether `propose` may stop early, which takes asking the device
 
@@ -146,7 +146,7 @@ def read_prompts(batch:Batch, prompts:list[list[int]]) -> torch.Tensor:
 
 # %% ../nbs/04_generation.ipynb #907b8fec
 def forward(batch:Batch) -> tuple:
-    "Append the new tokens and propose the next: logits, probabilities, and the rows outside their nucleus."
+    "Append the new tokens and propose the next: what `propose_next` gives."
     b, n = batch, batch.n
     b.tokens.index_copy_(1, b.column, b.new[:, None])
     b.mask.index_fill_(3, b.column, 0)
@@ -157,31 +157,32 @@ def forward(batch:Batch) -> tuple:
 
 # %% ../nbs/04_generation.ipynb #d4fb0a12
 def propose_next(batch:Batch, logits:torch.Tensor) -> tuple:
-    "Write every row's next token to `new`: drawn, or the most likely at temperature 0."
+    """Write every row's next token to `new`: drawn, or the most likely at temperature 0.
+
+    Gives logits, probabilities, and for the host `[2, rows]`: the ids, -1 where the model's numbers are NaN, and whether a fourth draw is needed.
+    """
     b, n, c = batch, batch.n, batch.config
-    shaped = logits if b.ban is None else logits + b.ban
-    if c.temperature == 0:
-        b.new[:n] = penalize(shaped.to(torch.float32, copy=True), b.tokens[:n], c.repetition_penalty).argmax(-1)
-        return logits, None, torch.zeros_like(b.new[:n], dtype=torch.bool)
-    probs = token_probs(shaped, b.tokens[:n], c)
-    b.new[:n], outside = propose(probs, b.uniforms[:n].index_select(1, b.step)[:, 0], c, b.ask)
-    return logits, probs, outside
+    shaped, probs, late = logits if b.ban is None else logits + b.ban, None, torch.zeros_like(b.new[:n], dtype=torch.bool)
+    if c.temperature == 0: b.new[:n] = penalize(shaped.to(torch.float32, copy=True), b.tokens[:n], c.repetition_penalty).argmax(-1)
+    else:
+        probs = token_probs(shaped, b.tokens[:n], c)
+        b.new[:n], late = propose(probs, b.uniforms[:n].index_select(1, b.step)[:, 0], c, b.ask)
+    lost = (logits if probs is None else probs).gather(1, b.new[:n, None])[:, 0].isnan()
+    return logits, probs, torch.stack([torch.where(lost, -1, b.new[:n]), (late & ~lost).long()])
 
 # %% ../nbs/04_generation.ipynb #4c7a27b6
 def take(batch:Batch) -> list[int]:
     "The new ids of all rows, as they are after the fourth draw where one is needed; -1 where the model's numbers are NaN."
-    b = batch
-    logits, probs, outside = b.proposed
-    lost = (logits if probs is None else probs).gather(1, b.new[:b.n, None])[:, 0].isnan()
-    ids, late = torch.stack([torch.where(lost, -1, b.new[:b.n]), (outside & ~lost).long()]).tolist()
+    b, (_, probs, told) = batch, batch.proposed
+    ids, late = told.tolist()
     if not any(late): return ids
-    b.new[:b.n] = settle(probs, b.uniforms[:b.n].index_select(1, b.step)[:, 0], b.config, b.new[:b.n].clone(), outside)
-    return b.new[:b.n].tolist()
+    b.new[:b.n] = settle(probs, b.uniforms[:b.n].index_select(1, b.step)[:, 0], b.config, b.new[:b.n].clone(), told[1].bool())
+    return torch.where(told[0] < 0, -1, b.new[:b.n]).tolist()
 
 # %% ../nbs/04_generation.ipynb #c5e882e6
 class Graphs:
     "Captured steps by number of rows."
-    def __init__(self): self.known, self.seen, self.where, self.works = {}, set(), None, True
+    def __init__(self, device): self.known, self.seen, self.where, self.works = {}, set(), None, device.type == "cuda"
 
     def check(self, model):
         "Forget the graphs if a weight is no longer where it was."
@@ -190,7 +191,7 @@ class Graphs:
 
     def run(self, step, key):
         "The result of `step()`: computed, or replayed where it has been captured."
-        if not (self.works and torch.cuda.is_available()) or key not in self.seen: self.seen.add(key); return step()
+        if not self.works or key not in self.seen: self.seen.add(key); return step()
         if key not in self.known and not self.capture(step, key): return step()
         graph, result = self.known[key]
         graph.replay()

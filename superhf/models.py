@@ -39,7 +39,10 @@ def pick_device(name:str="auto") -> torch.device:
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     try: device = torch.device(name)
     except RuntimeError: raise UserError(f"device must be auto, cpu or cuda, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available(): raise UserError(f"device {name!r} is not there: torch sees no GPU; use cpu or auto")
+    if device.type != "cuda": return device
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpus <= (device.index or 0): raise UserError(f"device {name!r} is not there: torch sees {gpus or 'no'} GPU{'s'*(gpus > 1)}; use cpu or auto")
+    if gpus < processes: raise UserError(f"{processes} processes on this machine, and {gpus} GPU{'s'*(gpus > 1)}: start one for each GPU, or all with --device cpu")
     return device
 
 # %% ../nbs/03_models.ipynb #82ffdf9d

@@ -40,7 +40,7 @@ def waiting(rank:int, timeout:float): # of this process; seconds
 def meet(timeout:float): # seconds that a process waits for another
     "Connect with the other processes, unless that was done before."
     if torch.distributed.is_initialized(): return
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if cuda: torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.distributed.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(seconds=timeout))
     atexit.register(leave)

@@ -97,15 +97,16 @@ def encode_pairs(tokenizer,         # a fast tokenizer
 # %% ../nbs/05_reward_models.ipynb #8247420d
 PADDED_TO = 8   # tokens: rows are padded to a multiple of this
 
-def padded_length(n:int) -> int:
-    "The length that a row of `n` tokens is padded to, whatever its batch mates."
-    return math.ceil(max(n, 1) / PADDED_TO) * PADDED_TO
+def padded_length(n:int, to:int=PADDED_TO, most:int|None=None) -> int:
+    "The length that a row of `n` tokens is padded to, whatever its batch mates: a multiple of `to`, but not more than `most`, which no row exceeds."
+    length = math.ceil(max(n, 1) / to) * to
+    return length if most is None else min(length, most)
 
 # %% ../nbs/05_reward_models.ipynb #52eb7ca0
-def length_groups(lengths:list) -> list[list[int]]:
+def length_groups(lengths:list, to:int=PADDED_TO) -> list[list[int]]:
     "Row numbers in groups of one padded length, longest rows first."
     groups = {}
-    for i, n in enumerate(lengths): groups.setdefault(padded_length(n), []).append(i)
+    for i, n in enumerate(lengths): groups.setdefault(padded_length(n, to), []).append(i)
     return [groups[n] for n in sorted(groups, reverse=True)]
 
 # %% ../nbs/05_reward_models.ipynb #127b9285
@@ -266,8 +267,9 @@ def check_length(config, frame:Frame, max_length:int):
 # %% ../nbs/05_reward_models.ipynb #e8e1c86e
 class TextReward:
     "A reward model over texts: `(prompts, completions) -> scores`."
-    def __init__(self, model, tokenizer, encode, name:str, batch_size:int=32):
-        self.model, self.tokenizer, self.encode, self.name = model, tokenizer, encode, name
+    def __init__(self, model, tokenizer, encode, name:str, batch_size:int=32,
+                 max_length:int|None=None): # tokens that `encode` gives at most
+        self.model, self.tokenizer, self.encode, self.name, self.max_length = model, tokenizer, encode, name, max_length
         self.batches = BatchSize(batch_size, "scoring")
         self.rows = self.truncated = 0
 
@@ -276,19 +278,24 @@ class TextReward:
         "Where the network is."
         return next(self.model.parameters()).device
 
+    @property
+    def padded_to(self) -> int:
+        "Tokens: rows are padded to a multiple of this."
+        return 64 if self.device.type == "cuda" else PADDED_TO
+
     @torch.inference_mode()
     def __call__(self, prompts:list, completions:list) -> torch.Tensor:
         "Scores, float32 `[n]`, in the order of the input."
         rows, cut = self.encode(prompts, completions)
         scores = torch.empty(len(rows))
-        for group in length_groups([len(r[0]) for r in rows]):
+        for group in length_groups([len(r[0]) for r in rows], self.padded_to):
             scores[group] = torch.tensor(self.batches.run(lambda part: self.forward([rows[i] for i in part]), group))
         self.rows, self.truncated = self.rows + len(rows), self.truncated + sum(cut)
         return scores
 
     def forward(self, rows:list) -> list[float]:
         "Scores of rows that share a padded length."
-        length = padded_length(max(len(r[0]) for r in rows))
+        length = padded_length(max(len(r[0]) for r in rows), self.padded_to, self.max_length)
         return self.model(**pad_rows(rows, length, self.tokenizer.pad_token_id or 0, self.device)).float().tolist()
 
 # %% ../nbs/05_reward_models.ipynb #c7d324ef
@@ -306,7 +313,7 @@ def text_reward(model:RewardModel, tokenizer, name:str, batch_size:int=32) -> Te
     frame = frame_of(tokenizer, s.template)
     check_length(model.backbone.config, frame, s.max_length)
     encode = lambda prompts, completions: encode_pairs(tokenizer, frame, prompts, completions, s.max_length)
-    return TextReward(model, tokenizer, encode, name, batch_size)
+    return TextReward(model, tokenizer, encode, name, batch_size, s.max_length)
 
 # %% ../nbs/05_reward_models.ipynb #213dbd95
 def reward_dtype(name:str, # `auto`, `float32` or `bfloat16`
@@ -385,7 +392,7 @@ def load_classifier(name:str, device="cpu", dtype="auto", batch_size:int=32, max
         frame = pair_frame(tokenizer)
         encode = lambda p, c: encode_pairs(tokenizer, frame, p, c, length)
     else: encode = lambda p, c: encode_texts(tokenizer, p, c, length, kind)
-    return TextReward(ClassifierScore(model).to(device), tokenizer, encode, name, batch_size)
+    return TextReward(ClassifierScore(model).to(device), tokenizer, encode, name, batch_size, length)
 
 # %% ../nbs/05_reward_models.ipynb #97a28d6a
 def demo_folder(name:str) -> Path:
