@@ -9,7 +9,7 @@ __all__ = ['BenchmarkConfig', 'policy_for', 'reward_for', 'median_seconds', 'mat
            'add_ratios', 'run_benchmark', 'table_text', 'main']
 
 # %% ../nbs/14_benchmark.ipynb #1be943b1
-import copy, json, sys, time
+import copy, json, math, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch, pandas as pd
@@ -205,7 +205,7 @@ def superbatch_rows(c:BenchmarkConfig, policy, tokenizer, reward, limits:dict) -
     n, given, sampled = c.superbatch_size, len(get_format("auto", tokenizer).encode(prompt, tokenizer)), sampling_dtype(c.sampling_dtype, policy)
     parts = {"generate": sampling_limit(policy, sampled, n, given, c.max_new_tokens, limits), "score": 0.0, "finetune": update_limit(policy, policy.dtype, sampled, given, c.max_new_tokens, limits)}
     rows = [row("superbatch", records["time/total"].median(), n*c.max_new_tokens, sum(parts.values()), policy.device)]
-    return rows + [row(f"  of it {k}", records[f"time/{k}"].median(), limit=limit, device=policy.device) for k, limit in parts.items()]
+    return rows + [row(f"  of it {k}", records[f"time/{k}"].median(), limit=limit, device=policy.device, peak_gib=None) for k, limit in parts.items()]
 
 # %% ../nbs/14_benchmark.ipynb #87f956af
 def ppo_rows(c:BenchmarkConfig, policy, tokenizer, reward) -> list[dict]:
@@ -250,7 +250,7 @@ def run_benchmark(c:BenchmarkConfig) -> dict:
     reward = reward_for(c)
     rows = sampling_rows(c, policy, tokenizer, limits) + scoring_rows(c, reward, policy, tokenizer) + superbatch_rows(c, policy, tokenizer, reward, limits)
     if c.ppo: rows += ppo_rows(c, *policy_for(c), reward)
-    report = dict(config=asdict(c), date=time.strftime("%Y-%m-%d"), hardware=hardware(), versions=versions(), limits=limits, table=add_ratios(rows).to_dict("records"))
+    report = dict(config=asdict(c), date=time.strftime("%Y-%m-%d"), hardware=hardware(), versions=versions(), limits=limits, table=add_ratios(rows).astype(object).replace(math.nan, None).to_dict("records"))
     if c.output: Path(c.output).write_text(json.dumps(report, indent=1))
     return report
 
