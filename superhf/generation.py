@@ -9,7 +9,7 @@ __all__ = ['Completion', 'StopRule', 'unfit', 'check_architecture', 'prefill', '
            'sample_all']
 
 # %% ../nbs/04_generation.ipynb #c0741247
-import math
+import logging, math, traceback
 from dataclasses import dataclass, field
 import numpy as np, torch
 from transformers.cache_utils import Cache
@@ -182,7 +182,7 @@ def take(batch:Batch) -> list[int]:
 # %% ../nbs/04_generation.ipynb #c5e882e6
 class Graphs:
     "Captured steps by number of rows."
-    def __init__(self, device): self.known, self.seen, self.where, self.works = {}, set(), None, device.type == "cuda"
+    def __init__(self, device): self.device, self.known, self.seen, self.where, self.works = device, {}, set(), None, device.type == "cuda"
 
     def check(self, model):
         "Forget the graphs if a weight is no longer where it was."
@@ -201,9 +201,8 @@ class Graphs:
         "Record `step` without running it; whether that worked."
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=next((g.pool() for g, _ in self.known.values()), None)): result = step()
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=next((g.pool() for g, _ in self.known.values()), None)): result = step()
         except RuntimeError as error:
-            import logging
             logging.getLogger("superhf").warning(f"decoding without CUDA graphs: {error}")
             self.works = False
             return False
@@ -253,11 +252,10 @@ class BatchSize:
     def shrink(self, error):
         "Halve the batch after an out-of-memory error; a batch of one that does not fit is the end."
         if not is_out_of_memory(error) or self.now == 1: raise error
-        self.now, self.good = max(1, self.now//2), 0
+        before, self.now, self.good = self.now, self.now//2, 0
+        traceback.clear_frames(error.__traceback__)         # they hold the tensors of the batch that did not fit
         if torch.cuda.is_available(): torch.cuda.empty_cache()
-        if not self.warned:
-            import logging
-            logging.getLogger("superhf").warning(f"{self.stage}: out of memory with a batch of {2*self.now}; going on with {self.now}")
+        if not self.warned: logging.getLogger("superhf").warning(f"{self.stage}: out of memory with a batch of {before}; going on with {self.now}")
         self.warned = True
 
     def grow(self):
@@ -376,7 +374,8 @@ def __call__(self:Sampler, prompts:list[str],      # one per completion; repeat 
         def work(rows):
             "The completions of these rows, decoded side by side."
             ids = [encoded[prompts[r]] for r in rows]
-            return decode_rows(self.room_for(model, ids), ids, np.stack([uniforms(seed, step, indices[r], n) for r in rows]), self.rule, logprobs)
+            try: return decode_rows(self.room_for(model, ids), ids, np.stack([uniforms(seed, step, indices[r], n) for r in rows]), self.rule, logprobs)
+            except (RuntimeError, MemoryError): self.batch = None; raise         # fewer rows must not find buffers of the size that did not fit
         return self.batches.run(work, list(range(len(prompts))))
 
 # %% ../nbs/04_generation.ipynb #1e5221ce
