@@ -6,7 +6,7 @@
 __all__ = ['BenchmarkConfig', 'policy_for', 'reward_for', 'median_seconds', 'matrix_rate', 'read_rate', 'machine_limits',
            'matrix_weights', 'cache_bytes', 'sampling_limit', 'update_limit', 'by_generate', 'by_plain_loop',
            'prompt_of', 'row', 'sampling_works', 'sampling_rows', 'scoring_rows', 'superbatch_rows', 'ppo_rows',
-           'add_ratios', 'run_benchmark', 'table_text', 'main']
+           'add_ratios', 'run_benchmark', 'table_head', 'table_text', 'main']
 
 # %% ../nbs/14_benchmark.ipynb #1be943b1
 import copy, json, math, sys, time
@@ -61,7 +61,7 @@ def reward_for(c:BenchmarkConfig):
 def median_seconds(works:dict, # name -> function without arguments
                    repeats:int, device) -> dict:
     "Median wall-clock seconds (of an even number the upper middle) of each work over `repeats` rounds after one that is not counted; the works take turns, so that a slow minute meets them all."
-    sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    sync = (lambda: torch.cuda.synchronize(device)) if torch.device(device).type == "cuda" else lambda: None
     times = {name: [] for name in works}
     for _ in range(repeats + 1):
         for name, work in works.items():
@@ -255,11 +255,14 @@ def run_benchmark(c:BenchmarkConfig) -> dict:
     return report
 
 # %% ../nbs/14_benchmark.ipynb #4d9f4ff4
+def table_head(report:dict) -> str:
+    "Date, machine and its rates in one line."
+    rates = report["limits"]
+    return f"{report['date']}, {', '.join(report['hardware']['gpus']) or str(report['hardware']['cpu_threads']) + ' CPU threads'}: {rates['float32']/1e9:.0f} GFLOP/s in float32, {rates['bfloat16']/1e9:.0f} in bfloat16, reading {rates['read']/1e9:.1f} GB/s"
+
 def table_text(report:dict) -> str:
     "The report as text."
-    rates = report["limits"]
-    head = f"{report['date']}, {', '.join(report['hardware']['gpus']) or str(report['hardware']['cpu_threads']) + ' CPU threads'}: {rates['float32']/1e9:.0f} GFLOP/s in float32, {rates['bfloat16']/1e9:.0f} in bfloat16, reading {rates['read']/1e9:.1f} GB/s"
-    return head + "\n" + pd.DataFrame(report["table"]).to_string(index=False, na_rep="", float_format=lambda x: f"{x:.3g}" if x < 1000 else f"{x:.0f}")
+    return table_head(report) + "\n" + pd.DataFrame(report["table"]).to_string(index=False, na_rep="", float_format=lambda x: f"{x:.3g}" if x < 1000 else f"{x:.0f}")
 
 # %% ../nbs/14_benchmark.ipynb #712c622a
 def main(argv:list[str]|None=None) -> int:

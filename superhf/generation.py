@@ -107,13 +107,16 @@ def start(self:Batch, prompts:list[list[int]], u:np.ndarray, eos=()):
     self.n = self.bucket(n)
     self.order = list(range(n)) + [None]*(self.n - n)
     self.tokens[:n] = torch.tensor([p + [p[0]]*(self.room - len(p)) for p in prompts], device=device)
+    self.positions.zero_()                                 # of rows that only fill up, too: they count on with the others
     self.positions[:n, 0] = torch.tensor([len(p) for p in prompts], device=device)
     hidden = torch.arange(self.room, device=device) >= self.positions
     self.mask.zero_().masked_fill_(hidden[:, None, None], torch.finfo(self.mask.dtype).min)
     self.uniforms[:n] = torch.from_numpy(u).to(device)
     self.column.fill_(max(map(len, prompts))); self.step.zero_()
     logits = read_prompts(self, prompts)
-    if self.config.min_new_tokens: self.ban = torch.zeros_like(logits[0]).index_fill_(0, torch.tensor(list(eos), device=device), -torch.inf)
+    if self.config.min_new_tokens:
+        if self.ban is None: self.ban = torch.zeros_like(logits[0])                     # captured steps go on adding this one
+        self.ban.zero_().index_fill_(0, torch.tensor(list(eos), device=device), -torch.inf)
     self.proposed = propose_next(self, logits)
 
 # %% ../nbs/04_generation.ipynb #d711747a
@@ -138,6 +141,7 @@ def read_prompts(batch:Batch, prompts:list[list[int]]) -> torch.Tensor:
     for r, p in enumerate(prompts): rows_of.setdefault(tuple(p), []).append(r)
     for p, rows in rows_of.items():
         last, states = prefill(b.model, list(p))
+        rows = torch.tensor(rows, device=last.device)
         if not b.layers: b.layers = [RowLayer(b.rows, b.room, b.column) for _ in states]
         if logits is None: logits = last.new_zeros(b.n, len(last))
         for layer, (keys, values) in zip(b.layers, states): layer.fill(keys, values, rows)
@@ -182,7 +186,8 @@ def take(batch:Batch) -> list[int]:
 # %% ../nbs/04_generation.ipynb #c5e882e6
 class Graphs:
     "Captured steps by number of rows."
-    def __init__(self, device): self.device, self.known, self.seen, self.where, self.works = device, {}, set(), None, device.type == "cuda"
+    def __init__(self, device):
+        self.device, self.known, self.seen, self.where, self.works = device, {}, set(), None, device.type == "cuda"
 
     def check(self, model):
         "Forget the graphs if a weight is no longer where it was."
@@ -199,10 +204,13 @@ class Graphs:
 
     def capture(self, step, key) -> bool:
         "Record `step` without running it; whether that worked."
-        graph = torch.cuda.CUDAGraph()
+        graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=next((g.pool() for g, _ in self.known.values()), None)): result = step()
+            pool, stream = next((g.pool() for g, _ in self.known.values()), None), torch.cuda.Stream(self.device)
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=pool, stream=stream): result = step()
         except RuntimeError as error:
+            torch.cuda.set_stream(usual)                   # a capture that fails leaves its own in place
+            if is_out_of_memory(error): raise
             logging.getLogger("superhf").warning(f"decoding without CUDA graphs: {error}")
             self.works = False
             return False
@@ -242,16 +250,19 @@ def decode_rows(batch:Batch, prompts:list[list[int]], # ids of every row's promp
 # %% ../nbs/04_generation.ipynb #64ca8467
 def is_out_of_memory(error:BaseException) -> bool:
     "Whether an error says that memory has run out, on GPU or CPU."
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
+    texts = "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and any(t in str(error) for t in texts)
 
 # %% ../nbs/04_generation.ipynb #c54b4250
 class BatchSize:
     "Runs work in batches of at most `size`, smaller for a while where memory runs out."
-    def __init__(self, size:int, stage:str): self.size, self.now, self.good, self.stage, self.warned = size, size, 0, stage, False
+    def __init__(self, size:int, stage:str,
+                 fixed:bool=False): # never smaller: other processes run the same batches
+        self.size, self.now, self.good, self.stage, self.fixed, self.warned = size, size, 0, stage, fixed, False
 
     def shrink(self, error):
         "Halve the batch after an out-of-memory error; a batch of one that does not fit is the end."
-        if not is_out_of_memory(error) or self.now == 1: raise error
+        if not is_out_of_memory(error) or self.now == 1 or self.fixed: raise error
         before, self.now, self.good = self.now, self.now//2, 0
         traceback.clear_frames(error.__traceback__)         # they hold the tensors of the batch that did not fit
         if torch.cuda.is_available(): torch.cuda.empty_cache()

@@ -27,8 +27,8 @@ class RowLayer(CacheLayerMixin):
         buffer = lambda x: x.new_zeros(self.rows, x.shape[1], self.room, x.shape[3])
         self.keys, self.values, self.is_initialized = buffer(keys), buffer(values), True
 
-    def fill(self, keys, values, repeats:list[int]):
-        "Copy a prompt's keys and values [1, heads, length, size] to the rows in `repeats`."
+    def fill(self, keys, values, repeats):
+        "Copy a prompt's keys and values [1, heads, length, size] to the rows in `repeats`, a list or a tensor."
         if not self.is_initialized: self.lazy_initialization(keys, values)
         self.keys[repeats, :, :keys.shape[2]] = keys
         self.values[repeats, :, :values.shape[2]] = values
@@ -195,7 +195,9 @@ class SamplingCopy:
 # %% ../nbs/03b_inference.ipynb #1cc8023d
 def native_bfloat16(device) -> bool:
     "Whether a device multiplies bfloat16 natively."
-    return torch.cuda.is_bf16_supported() if torch.device(device).type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    device = torch.device(device)
+    if device.type != "cuda": return torch.cpu._is_avx512_bf16_supported()
+    return bool(torch.version.hip) or torch.cuda.get_device_properties(device).major >= 8      # older ones only emulate it, slowly
 
 # %% ../nbs/03b_inference.ipynb #88639ec1
 def multiplies_in_bfloat16(mixed_precision:str, # `no`, `bf16`, or `auto`: bf16 where it is native

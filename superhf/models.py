@@ -42,6 +42,7 @@ def pick_device(name:str="auto") -> torch.device:
     if device.type != "cuda": return device
     gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if gpus <= (device.index or 0): raise UserError(f"device {name!r} is not there: torch sees {gpus or 'no'} GPU{'s'*(gpus > 1)}; use cpu or auto")
+    if processes > 1 and device.index is not None: raise UserError(f"device {name!r} is one GPU, for {processes} processes; each takes its own with auto")
     if gpus < processes: raise UserError(f"{processes} processes on this machine, and {gpus} GPU{'s'*(gpus > 1)}: start one for each GPU, or all with --device cpu")
     return device
 

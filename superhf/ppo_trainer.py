@@ -180,6 +180,7 @@ def update(self:PPOTrainer, step:int, prompt_ids, response_ids, scores) -> dict:
     return_memory()
     stats, self.kl_coef = ppo_step(self.model, self.reference, rows, self.optimizer, c, self.kl_coef, step_generator(c.seed, step))
     self.optimizer.zero_grad()
+    self.processes.agree(trainable(self.model))
     return dict(skipped="", selected=int(rows.mask.any(1).sum())) | stats | {"kl": kl_per_token(stats, rows)}
 
 # %% ../nbs/09d_ppo_trainer.ipynb #1505458d

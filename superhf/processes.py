@@ -104,6 +104,13 @@ def add_gradients(self:Processes, parameters):
         if p.grad is None: p.grad = torch.zeros_like(p)
         with self.waiting(): torch.distributed.all_reduce(p.grad)
 
+@patch
+def agree(self:Processes, parameters):
+    "All processes take the first one's weights: where all compute the same update, a GPU's sums may still differ in the last digit."
+    if self.size == 1: return
+    for p in parameters:
+        with self.waiting(): torch.distributed.broadcast(p.data, 0)
+
 # %% ../nbs/06b_processes.ipynb #ed935470
 @patch
 def spread(self:Processes, policy):

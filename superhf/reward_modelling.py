@@ -256,7 +256,7 @@ class Student:
     def load(self):
         "Go back to the last checkpoint; where there is none, start."
         if not (self.folder/"checkpoint.pt").exists(): return self.start()
-        try: state = torch.load(self.folder/"checkpoint.pt", weights_only=True, map_location=self.config.device)
+        try: state = torch.load(self.folder/"checkpoint.pt", weights_only=True, map_location="cpu")
         except Exception as e: raise UserError(f"{self.folder}/checkpoint.pt is damaged ({type(e).__name__}); start anew without resume") from e     # torch fails in many ways
         changed = [k for k, v in asdict(self.config).items() if k not in self.may_change and state["config"].get(k) != v]
         if changed: raise UserError(f"cannot resume {str(self.folder)!r} with another {', '.join(changed)}; the run has " + ", ".join(f"{k} {state['config'].get(k)!r}" for k in changed))

@@ -243,7 +243,7 @@ def read_reward_model(folder, dtype=torch.float32):
     backbone, tokenizer = load_backbone(str(folder/"backbone") if (folder/"backbone").exists() else settings.encoder)
     if (folder/"adapter").exists():
         from peft import PeftModel
-        with whole_folder(folder): backbone = PeftModel.from_pretrained(backbone, folder/"adapter").merge_and_unload()
+        with whole_folder(folder): backbone = PeftModel.from_pretrained(backbone, folder/"adapter", torch_device="cpu").merge_and_unload()
     model = RewardModel(in_format(backbone, dtype), settings)
     with whole_folder(folder): model.head.load_state_dict({k: v.float() for k, v in load_file(folder/"head.safetensors").items()})
     return model.eval().requires_grad_(False), tokenizer

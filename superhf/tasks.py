@@ -280,7 +280,8 @@ def evaluate(c:EvaluateConfig, progress:bool=True) -> list[dict]:
     bar = tqdm(total=len(asked), initial=sum(r is not None for r in results), disable=not progress, desc="tasks")
     for model in dict.fromkeys(c.model):
         open_ones = [i for i, (q, r) in enumerate(zip(asked, results)) if q["model"] == model and r is None]
-        lm = load_lm(c, model) if open_ones else None
+        lm = None                                                 # two policies need not be in memory
+        if open_ones: lm = load_lm(c, model)
         for i in open_ones:
             started, task = time.time(), asked[i]["task"]
             found = run_task(lm, task, c.data_dir, c.limit, c.shots, c.seed, c.chat)

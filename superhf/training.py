@@ -301,7 +301,7 @@ class SuperHFTrainer(Ground):
         check_run(check_config(config, SuperHFConfig))
         super().__init__(config, run)
         self.prepare(policy, tokenizer, reward_model, prompts, validation_reward_model)
-        self.batches = BatchSize(config.finetuning_batch_size, "fine-tuning")
+        self.batches = BatchSize(config.finetuning_batch_size, "fine-tuning", fixed=self.processes.in_shards)
         self.reference = Reference(self.policy, sampling_dtype(config.sampling_dtype, self.policy)) if config.measure_kl else None
         self.policy = self.processes.spread(self.policy)
         self.optimizer = make_optimizer(self.policy, config)
