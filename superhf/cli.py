@@ -13,8 +13,8 @@ import argparse, itertools, logging, re, sys, typing, warnings
 from dataclasses import asdict, dataclass, fields, MISSING
 from pathlib import Path
 from . import __version__
-from .core import Interrupted, UserError, config_from, opt, options_of, tell, type_name, unknown_option, writable
-from .generation import SamplingOptions, check_prompts, load_sampler, sample_all
+from .core import Interrupted, UserError, config_from, first_line, opt, options_of, tell, type_name, unknown_option, writable
+from .generation import SamplingOptions, check_prompts, is_out_of_memory, load_sampler, sample_all
 
 # %% ../nbs/12_cli.ipynb #3f4b69c2
 def default_of(field):
@@ -301,6 +301,11 @@ def main(argv:list[str]|None=None) -> int:
         goes_on = known[argv[0]].resumes or "resume" in {f.name for f in fields(known[argv[0]].config)}
         sys.stderr.write(f"superhf: {str(e) or 'stopped' + '; a run goes on with --resume'*goes_on}\n")
         return 130
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e): raise
+        smaller = [f.name for f in fields(known[argv[0]].config) if f.name.endswith(("batch_size", "batch_rows", "max_new_tokens", "max_length"))]
+        sys.stderr.write(f"superhf: error: out of memory; a smaller {' or '.join(smaller) or 'model'} takes less ({first_line(e)})\n")
+        return 2
     return 0
 
 # %% ../nbs/12_cli.ipynb #e867fd2d
