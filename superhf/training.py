@@ -212,7 +212,7 @@ GLOSSARY = {
     "diversity": Metric("different texts / S", "share, 0 to 1", "near 1; all are the same at 1/S"),
     "reward/best_of_4": Metric("expected best score of 4 of the completions with text, estimated from all of them ([gaming](06a_gaming.ipynb)); None where there are fewer than 4", "score", "above reward/mean: with one prompt the distance is what selecting among 4 buys, with several it also has what prompts differ by"),
     "diversity/distinct": Metric("different word pairs / all word pairs of the superbatch; None where there are none", "share, 0 to 1", "stays near its start"),
-    "diversity/overlap": Metric("word pairs that two completions have in common / word pairs of a completion, mean over pairs of completions", "share, 0 to 1", "stays near its start; all are the same at 1"),
+    "diversity/overlap": Metric("mean number of word pairs that two completions have in common / mean number of word pairs of a completion", "share, 0 to 1", "stays near its start; all are the same at 1"),
     "selected": Metric("completions trained on: K, times prompt_accumulation", "completions", "constant; 0 when the superbatch was skipped"),
     "skipped": Metric("why the superbatch changed nothing", "-", "empty"),
     "tokens/generated": Metric("tokens sampled since the start of the run, with those of a new turn that was cut off", "tokens", "rises by S · length/mean, or a little more"),
