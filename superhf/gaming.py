@@ -6,7 +6,8 @@
 __all__ = ['expected_best', 'kl_bound', 'interval', 'eligible_scores', 'usual_size', 'best_of_k', 'plot_best_of_k',
            'score_spread', 'over_optimisation', 'gap_slope', 'plot_over_optimisation', 'words', 'phrases_of',
            'adjusted', 'chance_of_more', 'winning_phrases', 'without_parts', 'without_phrase', 'phrase_effect',
-           'growth', 'diversity', 'length_effect', 'superbatch_signs', 'gaming_report', 'gaming_text']
+           'growth', 'apart', 'common_phrases', 'spreading_phrases', 'diversity', 'length_effect', 'superbatch_signs',
+           'gaming_report', 'gaming_text']
 
 # %% ../nbs/06a_gaming.ipynb #a8d33ef8
 import math, re
@@ -205,6 +206,36 @@ def growth(samples:list[dict], phrases:list[str]) -> pd.DataFrame:
     if not (n and m): return pd.DataFrame(dict(phrase=phrases, early=math.nan, late=math.nan, p=math.nan))      # too few superbatches for a third
     return pd.DataFrame(dict(phrase=phrases, early=np.array(counts[0])/n, late=np.array(counts[1])/m, p=[chance_of_more(b, m, a, n) for a, b in zip(*counts)]))
 
+# %% ../nbs/06a_gaming.ipynb #88d3e51a
+def apart(names:list[str]) -> list[str]:
+    "Those phrases, in order, that have no two words in a row in common with an earlier one."
+    seen, kept = set(), []
+    for name in names:
+        w = name.split()
+        if not (pairs := set(zip(w, w[1:]))) & seen: kept.append(name); seen |= pairs
+    return kept
+
+def common_phrases(texts:list[str]) -> set[str]:
+    "Phrases of two words and more that at least half of the texts contain."
+    counts = Counter(p for t in texts for p in phrases_of(t) if " " in p and not p.startswith("…"))
+    return {p for p, n in counts.items() if 2*n >= len(texts)}
+
+def spreading_phrases(samples:list[dict],
+                      fdr:float=0.05,  # false discovery rate
+                      least:int=4      # late superbatches that must have the phrase
+                     ) -> pd.DataFrame:
+    "Shares of the early and the late superbatches that have a phrase, of those that spread; the clearest first."
+    last, groups = max((r["step"] for r in samples), default=0), {}
+    for r in samples: groups.setdefault(r["step"], []).append(r["completion"])
+    early, late = ([common_phrases(texts) for t, texts in groups.items() if inside(t)] for inside in (lambda t: t <= last/3, lambda t: t > 2*last/3))
+    before, now = (Counter(p for found in part for p in found) for part in (early, late))
+    names = [p for p, n in now.items() if n >= least]
+    q = adjusted([chance_of_more(now[p], len(late), before[p], len(early)) for p in names], tests=len(now)) if early else np.ones(len(names))
+    found = sorted((x, -len(p.split()), p) for x, p in zip(q.tolist(), names) if x <= fdr)
+    rows = [dict(phrase=p, early=before[p]/len(early), late=now[p]/len(late), q=x) for x, _, p in found]
+    table = pd.DataFrame(rows, columns=["phrase", "early", "late", "q"])
+    return table[table.phrase.isin(apart(list(table.phrase)))].reset_index(drop=True)
+
 # %% ../nbs/06a_gaming.ipynb #f65fec38
 def diversity(texts:list[str]) -> dict:
     "distinct-2 and mean pairwise overlap of a superbatch's completions; None where there are no word pairs."
@@ -245,7 +276,11 @@ def gaming_report(samples:list[dict], metrics:list[dict],
     table = over_optimisation(watched, "reward", "validation", sigma=sigma, smooth=0) if len(watched) > 2 else over_optimisation(metrics, sigma=sigma)
     found = phrases.merge(growth(samples, list(phrases.phrase)), on="phrase") if len(phrases) else phrases
     effects = pd.DataFrame([phrase_effect(samples, p, reward) for p in phrases.phrase[:20]]) if reward and len(phrases) else None
-    return dict(best_of_k=best_of_k(samples), over_optimisation=table, gap=gap_slope(table), phrases=found, effects=effects, length=length_effect(samples), selects=not samples or any(r["selected"] for r in samples))
+    overlap = [r["diversity/overlap"] for r in metrics if r.get("diversity/overlap") is not None]
+    third = len(overlap)//3
+    alike = dict(early=float(np.mean(overlap[:third])), late=float(np.mean(overlap[-third:]))) if third else {}
+    return dict(best_of_k=best_of_k(samples), over_optimisation=table, gap=gap_slope(table), phrases=found, effects=effects, length=length_effect(samples), selects=not samples or any(r["selected"] for r in samples),
+                spreading=spreading_phrases(samples), alike=alike)
 
 # %% ../nbs/06a_gaming.ipynb #fa7dd930
 def gaming_text(report:dict, most:int=5) -> str:
@@ -258,4 +293,6 @@ def gaming_text(report:dict, most:int=5) -> str:
     if gap["peak"] is not None: lines.append(f"gap between training and validation reward: {gap['slope']:+.2f}{bounds} standard deviations per 100 superbatches; validation peak at superbatch {gap['peak']}")
     if length["correlation"] == length["correlation"]: lines.append(f"length and score, rank correlation within a prompt: {length['correlation']:+.2f} [{length['low']:.2f}, {length['high']:.2f}]")
     if report["selects"]: lines.append("phrases that win: " + ("; ".join(f"{r.phrase!r} in {100*r.winners:.0f} % of winners, {100*r.losers:.0f} % of the others" for r in phrases.head(most).itertuples()) or "none"))
+    if len(report["spreading"]): lines.append("phrases that spread: " + "; ".join(f"{r.phrase!r} in {100*r.early:.0f} % of the first superbatches, {100*r.late:.0f} % of the last" for r in report["spreading"].head(3).itertuples()))
+    if alike := report["alike"]: lines.append(f"completions of a superbatch have {100*alike['early']:.0f} % of their word pairs in common in the first third, {100*alike['late']:.0f} % in the last")
     return "\n".join(lines)
