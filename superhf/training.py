@@ -81,7 +81,7 @@ class SuperHFConfig:
     checkpoint_every: int = opt(100, "superbatches between checkpoints; 0 is off", low=0)
     holdout: int = opt(24, "prompts kept out of training for the table before and after", low=0)
     evaluate_every: int = opt(0, "superbatches between evaluations on the held-out prompts; 0 is off", low=0)
-    stop_on: str = opt("none", "held-out ends the run at the peak of the held-out reward (of the validation reward model where there is one)", choices=["none", "held-out"])
+    stop_on: str = opt("none", "held-out ends the run at the peak of the held-out reward (of the validation reward model where there is one), alike when the completions of a superbatch share half of their word pairs", choices=["none", "held-out", "alike"])
     patience: int = opt(3, "evaluations in a row without a better one before stop_on ends the run", low=1)
     max_skipped: int = opt(10, "superbatches in a row that may change nothing (no finite loss, gradient or score) before the run ends; 0 is no limit", low=0)
     track: str|None = opt(None, "trackers to report to, separated by commas: tensorboard, trackio, wandb")
@@ -361,11 +361,12 @@ SAME = 0.5   # of their word pairs (`diversity/overlap`)
 
 @patch
 def tell_sameness(self:SuperHFTrainer, record:dict):
-    "Warn, once, that the completions of a superbatch are so much alike that there is little to select from."
+    "Warn, once, that the completions of a superbatch are so much alike that there is little to select from; with `stop_on` alike end the run."
     overlap = record["diversity/overlap"]
-    if self.told_same or not self.processes.first or overlap is None or overlap < SAME: return
-    self.told_same = True
-    logging.getLogger("superhf").warning(f"superbatch {record['step']}: its completions share {overlap:.0%} of their word pairs, and selection has little left to choose from; fewer superbatches, a lower learning_rate or kl_coef keep a policy from that")
+    if self.told_same or overlap is None or overlap < SAME: return
+    self.told_same, alike = True, f"completions share {overlap:.0%} of their word pairs"
+    if self.config.stop_on == "alike": self.stopped = alike
+    elif self.processes.first: logging.getLogger("superhf").warning(f"superbatch {record['step']}: {alike}, and selection has little left to choose from; fewer superbatches, a lower learning_rate or kl_coef keep a policy from that, and stop_on alike ends the run there")
 
 # %% ../nbs/08_training.ipynb #ebca31e3
 @patch
