@@ -161,10 +161,7 @@ def forward(batch:Batch) -> tuple:
 
 # %% ../nbs/04_generation.ipynb #d4fb0a12
 def propose_next(batch:Batch, logits:torch.Tensor) -> tuple:
-    """Write every row's next token to `new`: drawn, or the most likely at temperature 0.
-
-    Gives logits, probabilities, and for the host `[2, rows]`: the ids, -1 where the model's numbers are NaN, and whether a fourth draw is needed.
-    """
+    "Write every row's next token to `new`; logits, probabilities, and for the host `[2, rows]` the ids, -1 where the numbers are NaN, and who needs a fourth draw."
     b, n, c = batch, batch.n, batch.config
     shaped, probs, late = logits if b.ban is None else logits + b.ban, None, torch.zeros_like(b.new[:n], dtype=torch.bool)
     if c.temperature == 0: b.new[:n] = penalize(shaped.to(torch.float32, copy=True), b.tokens[:n], c.repetition_penalty).argmax(-1)
@@ -186,8 +183,7 @@ def take(batch:Batch) -> list[int]:
 # %% ../nbs/04_generation.ipynb #c5e882e6
 class Graphs:
     "Captured steps by number of rows."
-    def __init__(self, device):
-        self.device, self.known, self.seen, self.where, self.works = device, {}, set(), None, device.type == "cuda"
+    def __init__(self, device): self.device, self.known, self.seen, self.where, self.works = device, {}, set(), None, device.type == "cuda"
 
     def check(self, model):
         "Forget the graphs if a weight is no longer where it was."
