@@ -87,7 +87,7 @@ class CompareConfig(SamplingOptions):
     best_of: int = opt(0, "also best-of-n of the base with this many completions, chosen by the reward model; 0 leaves it out", low=0)
     held_out: bool = opt(True, "leave out prompts that a run of one of the policies has trained on")
     output: str = opt("", "JSON file with every answer, score and table")
-    prompt_format: str = opt("auto", "auto (that of the run that made a policy), paper (section 5.1), chat (the tokenizer's template), or a text with {prompt}; the same for all unless auto")
+    prompt_format: str = opt("auto", "auto (that of the run that made a policy), paper (section 5.1), chat (the tokenizer's template; chat: TEXT with a system text), or a text with {prompt}; the same for all unless auto")
     seed: int = opt(0, "decides the prompts and every completion", low=0)
     scoring_batch_size: int = opt(32, "completions scored at once (Table 2)", low=1)
     reward_dtype: str = opt("auto", "number format of the reward models: auto takes bfloat16 for those of ours where it is native", choices=["auto", "float32", "bfloat16"])

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SOURCES', 'PAPER_SOURCES', 'QUOTES', 'first_question', 'dialogue_note', 'first_questions', 'Source', 'source',
            'harmless_base', 'helpful_base', 'red_team_attempts', 'webgpt', 'demo_prompts', 'raw_prompts',
-           'unknown_source', 'extract', 'strip_prompts', 'drop_empty', 'drop_long', 'tally', 'clean', 'normalize',
-           'keyed_hash', 'add_ids', 'find_duplicates', 'count_duplicates', 'drop_duplicates', 'shuffled', 'subset',
-           'split_prompts', 'leaks', 'text_of', 'as_prompts', 'load_prompts']
+           'unknown_source', 'extract', 'unwrapped', 'strip_prompts', 'drop_empty', 'drop_long', 'tally', 'clean',
+           'normalize', 'keyed_hash', 'add_ids', 'find_duplicates', 'count_duplicates', 'drop_duplicates', 'shuffled',
+           'subset', 'split_prompts', 'leaks', 'text_of', 'as_prompts', 'load_prompts']
 
 # %% ../nbs/01_data.ipynb #253314d4
 import difflib, json, logging, re, sys, textwrap, unicodedata
@@ -18,7 +18,7 @@ from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
 from .core import UserError
-from .reading import Reader, file_kind, one_question, read_file
+from .reading import Reader, conversation_text, file_kind, read_file
 
 # %% ../nbs/01_data.ipynb #aac3c182
 def first_question(dialogue:str # turns that begin with "\n\nHuman:" or "\n\nAssistant:"
@@ -141,9 +141,14 @@ def extract(spec:str,             # a registered source, "demo", a file, or owne
     return rows, odd
 
 # %% ../nbs/01_data.ipynb #5cdfc263
+def unwrapped(prompt:str) -> str:
+    "A prompt without blanks at its ends, and without the opening `Human:` and closing `Assistant:` that some datasets write around it."
+    around = re.fullmatch(r"\s*Human:(.*)\n\nAssistant:\s*", prompt, re.DOTALL)
+    return (around[1] if around else prompt).strip()
+
 def strip_prompts(rows) -> list[dict]:
-    "The rows with blanks taken off both ends of each prompt."
-    return [{**r, "prompt": r["prompt"].strip()} for r in rows]
+    "The rows with blanks and role tags taken off both ends of each prompt."
+    return [{**r, "prompt": unwrapped(r["prompt"])} for r in rows]
 
 # %% ../nbs/01_data.ipynb #660c597f
 def drop_empty(rows) -> list[dict]:
@@ -257,17 +262,17 @@ def leaks(train, test) -> list[dict]:
     return [r for r in train if normalize(r["prompt"]) in held]
 
 # %% ../nbs/01_data.ipynb #f2b6ee82
-def text_of(prompt,   # a text, or messages that are one question of the user
+def text_of(prompt,   # a text, or messages that end with the user's
             where:str # how errors call it
            ) -> str:
     "The text of a prompt from Python."
     if isinstance(prompt, str): return prompt
-    if isinstance(prompt, (list, tuple)) and all(isinstance(m, Mapping) for m in prompt): return one_question(prompt, where)
+    if isinstance(prompt, (list, tuple)) and all(isinstance(m, Mapping) for m in prompt): return conversation_text(prompt, where)
     raise UserError(f"{where} must be a text, or a row with a text under 'prompt', got {textwrap.shorten(repr(prompt), 80)}")
 
 # %% ../nbs/01_data.ipynb #ea053165
 def as_prompts(given) -> list[dict]:
-    "Prompts from Python as rows of `source`, `prompt` and what else they have: an iterable of texts, or of rows whose `prompt` is a text or a message (a DataFrame or a Dataset is one)."
+    "Prompts from Python as rows of `source`, `prompt` and what else they have: an iterable of texts, or of rows whose `prompt` is a text or messages (a DataFrame or a Dataset is one)."
     if isinstance(given, (str, bytes, Mapping)) or not hasattr(given, "__iter__"): raise UserError(f"prompts must be a list of texts or of rows with 'prompt', got {type(given).__name__}")
     rows = given.to_dict("records") if hasattr(given, "to_dict") and hasattr(given, "columns") else list(given)
     rows = [r if isinstance(r, Mapping) else dict(prompt=r) for r in rows]

@@ -400,7 +400,7 @@ def check_prompts(sampler:Sampler, prompts:list[str],
 @dataclass
 class SamplingOptions:
     "How a policy that is not in training is sampled."
-    prompt_format: str = opt("auto", "auto, paper (section 5.1), chat (the tokenizer's template), or a text with {prompt}")
+    prompt_format: str = opt("auto", "auto, paper (section 5.1), chat (the tokenizer's template; chat: TEXT with a system text), or a text with {prompt}")
     seed: int = opt(0, "decides every completion", low=0)
     max_new_tokens: int = opt(64, "longest completion, in tokens (Table 2)", low=1)
     temperature: float = opt(1.0, "sampling temperature; 0 is greedy (Table 2)", low=0)

@@ -198,7 +198,7 @@ class PPOConfig:
     prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, paper (the four of Table 1), or demo")
     prompt_column: str = opt("prompt", "the prompt column of a file or a hub dataset; a reward function may ask for the other columns of a file")
     data_dir: str|None = opt(None, "folder laid out like the hub, to read prompts from instead of the hub")
-    prompt_format: str = opt("auto", "auto, paper (section 5.1), chat (the tokenizer's template), or a text with {prompt}")
+    prompt_format: str = opt("auto", "auto, paper (section 5.1), chat (the tokenizer's template; chat: TEXT with a system text), or a text with {prompt}")
     output_dir: str = opt("runs/ppo", "folder of the run")
     seed: int = opt(0, "decides prompt order, every completion, the value head's start and the order of the epochs", low=0)
     temperature: float = opt(1.0, "sampling temperature; PPO's ratio is only right at 1", low=0)

@@ -25,6 +25,7 @@ from .core import UserError, first_line
 from .generation import BatchSize
 from .inference import native_bfloat16
 from .models import as_dtype, in_format, package_file
+from .prompts import chat_text, split_turns
 from .reward_functions import FunctionReward, import_function
 
 # %% ../nbs/05_reward_models.ipynb #9aa8a967
@@ -345,8 +346,7 @@ def input_kind(name:str,       # hub id or folder
 # %% ../nbs/05_reward_models.ipynb #4fc5e985
 def encode_texts(tokenizer, prompts:list, completions:list, max_length:int, kind:str):
     "Question and answer as one text, by chat template or on two lines: `(rows, cut)`."
-    turns = lambda p, c: [dict(role="user", content=p), dict(role="assistant", content=c)]
-    if kind == "chat": texts = [tokenizer.apply_chat_template(turns(p, c), tokenize=False) for p, c in zip(prompts, completions)]
+    if kind == "chat": texts = [chat_text(tokenizer, *split_turns(p), c) for p, c in zip(prompts, completions)]
     else: texts = [f"{p}\n{c}" for p, c in zip(prompts, completions)]
     ids = tokenizer(texts, add_special_tokens=kind != "chat", verbose=False)["input_ids"] if texts else []
     short = [row if len(row) <= max_length else row[:1] + row[len(row)-max_length+1:] for row in ids]

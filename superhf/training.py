@@ -40,7 +40,7 @@ class SuperHFConfig:
     prompt_column: str = opt("prompt", "the prompt column of a file or a hub dataset; a reward function may ask for the other columns of a file")
     data_dir: str|None = opt(None, "folder laid out like the hub, to read prompts from instead of the hub")
     prompt_order: str = opt("shuffled", "shuffled (section 4.1), or balanced: shuffled, and the sources take turns", choices=["shuffled", "balanced"])
-    prompt_format: str = opt("auto", "auto, paper (section 5.1), chat (the tokenizer's template), or a text with {prompt}")
+    prompt_format: str = opt("auto", "auto, paper (section 5.1), chat (the tokenizer's template; chat: TEXT with a system text), or a text with {prompt}")
     output_dir: str = opt("runs/superhf", "folder of the run")
     seed: int = opt(0, "decides prompt order and every completion", low=0)
     superbatches: int = opt(2000, "superbatches to train for (Table 2)", low=1)
