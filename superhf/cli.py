@@ -13,7 +13,7 @@ import argparse, itertools, logging, re, sys, typing, warnings
 from dataclasses import asdict, dataclass, fields, MISSING
 from pathlib import Path
 from . import __version__
-from .core import Interrupted, UserError, config_from, first_line, opt, options_of, tell, type_name, unknown_option, writable
+from .core import Interrupted, UserError, config_from, first_line, opt, option_groups, tell, type_name, unknown_option, writable
 from .generation import SamplingOptions, check_prompts, is_out_of_memory, load_sampler, sample_all
 
 # %% ../nbs/12_cli.ipynb #3f4b69c2
@@ -28,12 +28,14 @@ def arguments(kind) -> dict:
     return dict(type=bool, nargs="?", const=True) if kind is bool else dict(type=kind)
 
 def add_options(parser, cls):
-    "One option per field of a config class."
+    "One option per field of a config class, in groups by the class that declares it."
     hints = typing.get_type_hints(cls)
-    for f in options_of(cls):
-        choices = f.metadata.get("choices")
-        kind = typing.Literal[tuple(choices)] if choices else hints[f.name]
-        parser.add_argument("--" + f.name.replace("_", "-"), default=default_of(f), help=f.metadata["help"], **arguments(kind))
+    for title, found in option_groups(cls).items():
+        group = parser.add_argument_group(title)
+        for f in found:
+            choices = f.metadata.get("choices")
+            kind = typing.Literal[tuple(choices)] if choices else hints[f.name]
+            group.add_argument("--" + f.name.replace("_", "-"), default=default_of(f), help=f.metadata["help"], **arguments(kind))
 
 # %% ../nbs/12_cli.ipynb #a1502dc1
 @dataclass
@@ -52,7 +54,8 @@ class Command:
 def make_parser(command:Command):
     "The parser of one subcommand."
     from jsonargparse import ArgumentParser
-    parser = ArgumentParser(prog=f"superhf {command.name}", description=command.help, exit_on_error=False, allow_abbrev=False)
+    names = f"{command.first.upper()} " if command.first else ""
+    parser = ArgumentParser(prog=f"superhf {command.name}", usage=f"%(prog)s {names}[--option VALUE ...]", description=command.help, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with options, or the config.yaml of a run; the command line wins over it")
     if command.presets: parser.add_argument("--preset", type=typing.Literal[tuple(command.presets)] if command.default_preset else typing.Optional[typing.Literal[tuple(command.presets)]], default=command.default_preset, help="set of defaults to start from")
     add_options(parser, command.config)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'first_line', 'Interrupted', 'tell', 'writable', 'patch', 'opt', 'has_type', 'type_name', 'limit_broken',
-           'check_config', 'unknown_option', 'config_from', 'options_of', 'config_rows']
+           'check_config', 'unknown_option', 'config_from', 'option_groups', 'config_rows']
 
 # %% ../nbs/00_core.ipynb #0d9acd81
 import difflib, typing, sys
@@ -121,15 +121,18 @@ def config_from(cls, values:dict):
     return check_config(cls(**values))
 
 # %% ../nbs/00_core.ipynb #0f58ac50
-def options_of(cls) -> list:
-    "The fields of a config class, its own before those that it inherits."
-    return sorted(fields(cls), key=lambda f: f.name not in cls.__dict__.get("__annotations__", {}))
+def option_groups(cls) -> dict:
+    "The fields of a config class by the description of the class that declares them, its own before those that it inherits."
+    left, groups = {f.name: f for f in fields(cls)}, {}
+    for part in cls.__mro__:
+        if (own := [left.pop(name) for name in part.__dict__.get("__annotations__", {}) if name in left]): groups[part.__doc__.rstrip(".")] = own
+    return groups
 
 # %% ../nbs/00_core.ipynb #394e8b76
 def config_rows(cls) -> list[dict]:
     "One row per option of a config class: name, default, meaning."
     rows = []
-    for f in options_of(cls):
+    for f in (f for group in option_groups(cls).values() for f in group):
         default = f.default if f.default is not MISSING else f.default_factory()
         rows.append(dict(option="--" + f.name.replace("_", "-"), default=default, meaning=f.metadata["help"]))
     return rows

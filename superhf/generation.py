@@ -399,7 +399,7 @@ def check_prompts(sampler:Sampler, prompts:list[str],
 # %% ../nbs/04_generation.ipynb #390ba55b
 @dataclass
 class SamplingOptions:
-    "How a policy that is not in training is sampled."
+    "How completions are sampled."
     prompt_format: str = opt("auto", "auto, paper (section 5.1), chat (the tokenizer's template; chat: TEXT with a system text), or a text with {prompt}")
     seed: int = opt(0, "decides every completion", low=0)
     max_new_tokens: int = opt(64, "longest completion, in tokens (Table 2)", low=1)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Rows', 'lay_out', 'token_logprobs', 'entropy', 'masked_mean', 'masked_var', 'whiten', 'token_rewards',
-           'gae', 'policy_losses', 'value_losses', 'adapt_kl_coef', 'PPOConfig', 'ppo_config', 'check_ppo_config',
-           'ppo_learning_rate']
+           'gae', 'policy_losses', 'value_losses', 'adapt_kl_coef', 'PPOWatch', 'PPOConfig', 'ppo_config',
+           'check_ppo_config', 'ppo_learning_rate']
 
 # %% ../nbs/09_ppo.ipynb #65f014a4
 import math
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from .core import UserError, check_config, opt
+from .training import RunConfig
 
 # %% ../nbs/09_ppo.ipynb #ca3b5543
 @dataclass
@@ -154,10 +155,20 @@ def adapt_kl_coef(kl_coef:float,  # β
     if error == error: error = min(max(error, -0.2), 0.2)
     return kl_coef*(1 + error*n/horizon)
 
+# %% ../nbs/09_ppo.ipynb #1d201c7a
+@dataclass
+class PPOWatch(RunConfig):
+    "What PPO watches in itself."
+    divergence_kl: float = opt(30.0, "report divergence above this KL to the start, nats per answer; 0 is off", low=0)
+    divergence_entropy: float = opt(0.25, "report divergence when entropy falls below this share of the first step's; 0 is off", low=0, high=1)
+    divergence_repetition: float = opt(0.3, "report divergence when this share of the text is repetition, beyond the first step's; 0 is off", low=0, high=1)
+    divergence_empty: float = opt(0.3, "report divergence when this share of answers is empty, beyond the first step's; 0 is off", low=0, high=1)
+    self_checks: bool = opt(True, "before the first update test ratio, KL, mask, prompt and accumulation")
+
 # %% ../nbs/09_ppo.ipynb #bead332d
 @dataclass
-class PPOConfig:
-    "Settings of a PPO run. The defaults are what the paper ran (Table 3, section 4.3)."
+class PPOConfig(PPOWatch):
+    "The choices of PPO; defaults are what the paper ran (Table 3, section 4.3)."
     # Table 3
     adap_kl_ctrl: bool = opt(True, "let the KL coefficient follow `target`; false keeps it constant (Table 3)")
     init_kl_coef: float = opt(0.2, "KL coefficient at the start, reward per nat (Table 3)", low=0)
@@ -173,7 +184,6 @@ class PPOConfig:
     top_p: float = opt(1.0, "nucleus probability; 1 is off (Table 3)", above=0, high=1)
     # section 4.3
     superbatches: int = opt(62, "PPO steps; the authors' script runs 62 of 32 answers, the paper gives no number", low=1)
-    max_tokens: int = opt(0, "tokens sampled after which the run ends, to compare methods at the same budget; the schedule goes by PPO steps all the same; 0 is off", low=0)
     superbatch_size: int = opt(32, "answers per PPO step (section 4.3)", low=1)
     superbatch_prompts: int = opt(32, "different prompts per PPO step; as many as answers gives each prompt one (section 4.3)", low=1)
     minibatch_size: int = opt(1, "answers per optimizer step; the paper tried 1, 2, 4 and 8 (section 4.3)", low=1)
@@ -190,43 +200,12 @@ class PPOConfig:
     repeat_prompt: bool = opt(True, "the answer begins with the prompt again, and is trained and scored so, as in the authors' script")
     clip_kl: bool = opt(False, "no token is paid for being less likely than at the start; an option of the authors' fork")
     whiten_rewards: bool = opt(False, "divide rewards by their deviation over the batch; an option of the authors' fork")
-    # the same as for SuperHF
-    model: str = opt("theblackcat102/pythia-1b-deduped-sft", "policy: hub id, folder, or demo (section 4.3)")
-    reward_model: str = opt("OpenAssistant/reward-model-deberta-v3-large-v2", "reward model: hub id, folder, demo, or module:function; several with commas between are an ensemble (section 4.3)")
-    combine: str = opt("mean", "how several reward models become one score; mean-std takes their standard deviation from the mean", choices=["mean", "min", "mean-std"])
-    validation_reward_model: str|None = opt(None, "a second reward model that only watches; none unless set")
-    prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, paper (the four of Table 1), or demo")
-    prompt_column: str = opt("prompt", "the prompt column of a file or a hub dataset; a reward function may ask for the other columns of a file")
-    data_dir: str|None = opt(None, "folder laid out like the hub, to read prompts from instead of the hub")
-    prompt_format: str = opt("auto", "auto, paper (section 5.1), chat (the tokenizer's template; chat: TEXT with a system text), or a text with {prompt}")
+    # what every run has, as PPO needs it
     output_dir: str = opt("runs/ppo", "folder of the run")
     seed: int = opt(0, "decides prompt order, every completion, the value head's start and the order of the epochs", low=0)
     temperature: float = opt(1.0, "sampling temperature; PPO's ratio is only right at 1", low=0)
-    sampling_top_k: int = opt(0, "sample among this many likeliest tokens; 0 is off", low=0)
     repetition_penalty: float = opt(1.0, "repetition penalty while sampling; 1 is off, as PPO's ratio asks for", above=0)
-    generation_batch_size: int = opt(32, "completions sampled at once", low=1)
-    scoring_batch_size: int = opt(32, "completions scored at once", low=1)
-    finetuning_batch_size: int = opt(8, "completions per forward and backward pass; gradients of a minibatch add up to one step", low=1)
-    lora_rank: int = opt(0, "rank of LoRA adapters; 0 trains all weights", low=0)
-    dtype: str = opt("float32", "number format of the trained weights; in bfloat16 steps below about a 256th of a weight are lost", choices=["float32", "bfloat16"])
-    sampling_dtype: str = opt("auto", "number format to sample in: auto takes bfloat16 where it is native", choices=["auto", "policy", "float32", "bfloat16", "float16"])
-    reward_dtype: str = opt("auto", "number format of the reward models: auto takes bfloat16 for those of ours where it is native", choices=["auto", "float32", "bfloat16"])
-    mixed_precision: str = opt("no", "number format of matrix products in training (no: that of the weights; auto: bfloat16 where it is native)", choices=["no", "bf16", "auto"])
-    device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
     checkpoint_every: int = opt(20, "PPO steps between checkpoints; 0 is off", low=0)
-    holdout: int = opt(24, "prompts kept out of training for the table before and after", low=0)
-    evaluate_every: int = opt(0, "PPO steps between evaluations on the held-out prompts; 0 is off", low=0)
-    stop_on: str = opt("none", "held-out ends the run at the peak of the held-out reward (of the validation reward model where there is one)", choices=["none", "held-out"])
-    patience: int = opt(3, "evaluations in a row without a better one before stop_on ends the run", low=1)
-    max_skipped: int = opt(10, "PPO steps in a row that may change nothing (no finite loss, gradient or score) before the run ends; 0 is no limit", low=0)
-    track: str|None = opt(None, "trackers to report to, separated by commas: tensorboard, trackio, wandb")
-    push_to_hub: str|None = opt(None, "hub repository that the final model is uploaded to; nothing is uploaded unless set")
-    divergence_kl: float = opt(30.0, "report divergence above this KL to the start, nats per answer; 0 is off", low=0)
-    divergence_entropy: float = opt(0.25, "report divergence when entropy falls below this share of the first step's; 0 is off", low=0, high=1)
-    divergence_repetition: float = opt(0.3, "report divergence when this share of the text is repetition, beyond the first step's; 0 is off", low=0, high=1)
-    divergence_empty: float = opt(0.3, "report divergence when this share of answers is empty, beyond the first step's; 0 is off", low=0, high=1)
-    self_checks: bool = opt(True, "before the first update test ratio, KL, mask, prompt and accumulation")
-    trust_remote_code: bool = opt(False, "run code that a hub model brings along")
 
 # %% ../nbs/09_ppo.ipynb #c49d1844
 PRESETS = dict(paper={}, repaired=dict(repeat_prompt=False, whiten="batch", minibatch_size=8, value_dropout=0.0, value_init="zero",

@@ -156,6 +156,7 @@ def superbatch(self:PPOTrainer, step:int) -> tuple:
     with clock("finetune"): tuned = self.update(step, prompt_ids, response_ids, scores)
     record = self.record(step, prompts, completions, scores, validation, tuned)
     record |= clock.times | {"time/total": time.perf_counter() - started, "memory/peak": peak_memory(self.policy.device)}
+    self.tell_sameness(record)
     trained = [i for i, ids in enumerate(response_ids) if ids and scores[i].isfinite() and has_moved(tuned)]
     return record, sample_rows(step, prompts, completions, scores, validation, trained)
 
