@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import UserError, opt, tell, writable
+from .data import load_prompts, normalize
 from .evaluation import best_of_n, bootstrap_interval, held_out, prompt_means
 from .generation import SamplingOptions, check_prompts, load_sampler, sample_all
 from .models import at_home
@@ -132,8 +133,8 @@ def tokens_of(models:list[str]) -> dict:
 
 # %% ../nbs/11e_comparison.ipynb #73dd1006
 def trained_prompts(models:list[str]) -> set[str]:
-    "The prompts that the runs of these models have sampled in training."
-    return {r["prompt"] for m in models if (run := run_of(m)) for r in read_lines(run.samples)}
+    "The prompts that the runs of these models have sampled in training, normalized (details 13)."
+    return {normalize(r["prompt"]) for m in models if (run := run_of(m)) for r in read_lines(run.samples)}
 
 # %% ../nbs/11e_comparison.ipynb #f3e16823
 def remarks_of(c:CompareConfig, models:list[str]) -> list[str]:
@@ -195,11 +196,10 @@ def all_answers(c:CompareConfig,
 # %% ../nbs/11e_comparison.ipynb #96c1bbb2
 def compare_policies(c:CompareConfig) -> dict:
     "Answers of all policies with their scores, mean rewards, win rates, and the fridge question's scores by models that read texts (a function may know its own prompts only)."
-    from superhf.data import load_prompts
     if c.best_of and c.best_of < 2: raise UserError(f"best_of needs at least 2 completions to choose from, got {c.best_of}; 0 leaves best-of-n out")
     prompts, rewards, models = load_prompts(c.prompts, c.prompt_column, c.data_dir), scorers_of(c), names_of(list(dict.fromkeys(c.model)))
     seen = trained_prompts(list(models)) if c.held_out else set()
-    unseen = [p for p in prompts if p["prompt"] not in seen]
+    unseen = [p for p in prompts if normalize(p["prompt"]) not in seen]
     if not unseen: raise UserError(f"the policies were trained on all {len(prompts)} prompts; give others with --prompts, or --held-out false")
     prompts, left_out = spread(unseen, c.limit, c.seed), len(prompts) - len(unseen)
     for reward in rewards.values(): reward.learn(prompts)

@@ -281,7 +281,7 @@ def watch_for_gaming(run, metrics:list[dict], reward) -> str:
 def weights_note(trainer) -> str:
     "Whose weights the model has, where they are not those of the last superbatch."
     best = trainer.best["step"] if trainer.best and trainer.config.stop_on == "held-out" else trainer.step
-    return f"The weights are those of superbatch {best} of {trainer.step}, the best on the held-out prompts." if best < trainer.step else ""
+    return f"The weights are those of superbatch {best} of {trainer.step}, the best on the held-out prompts; on these the change is a little too good, for they chose it." if best < trainer.step else ""
 
 # %% ../nbs/11b_experiment.ipynb #bae42066
 def skipped_note(metrics:list[dict]) -> str:

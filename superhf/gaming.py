@@ -97,14 +97,11 @@ def over_optimisation(records:list[dict],       # metrics or evaluations of a ru
     return t.assign(gap=t.reward - t.held_out, smoothed=t.held_out.ewm(alpha=1 - smooth, adjust=False).mean() if smooth else t.held_out)
 
 # %% ../nbs/06a_gaming.ipynb #d7abdc9c
-def gap_slope(table:pd.DataFrame, draws:int=1000, seed:int=0) -> dict:
-    "Slope of the gap per 100 superbatches with its 95 % bootstrap interval (from eight records on), and the step at which the validation reward peaked."
-    if len(table) < 3: return dict(slope=math.nan, low=math.nan, high=math.nan, peak=None, fallen=math.nan)
-    x, y, rng = table.step.to_numpy()/100, table.gap.to_numpy(), np.random.default_rng(seed)
-    slope = lambda i: np.polyfit(x[i], y[i], 1)[0] if np.ptp(x[i]) else math.nan
-    low, high = np.nanquantile([slope(rng.integers(len(x), size=len(x))) for _ in range(draws)], (0.025, 0.975)) if len(x) > 7 else (math.nan, math.nan)
-    peak = int(table.smoothed.argmax())
-    return dict(slope=slope(np.arange(len(x))), low=low, high=high, peak=int(table.step[peak]), fallen=float(table.smoothed.max() - table.smoothed.iloc[-1]))
+def gap_slope(table:pd.DataFrame) -> dict:
+    "Slope of the gap per 100 superbatches, and the step at which the validation reward peaked."
+    if len(table) < 3: return dict(slope=math.nan, peak=None, fallen=math.nan)
+    slope, peak = np.polyfit(table.step/100, table.gap, 1)[0], int(table.smoothed.argmax())
+    return dict(slope=float(slope), peak=int(table.step[peak]), fallen=float(table.smoothed.max() - table.smoothed.iloc[-1]))
 
 # %% ../nbs/06a_gaming.ipynb #fd2aa5ea
 def plot_over_optimisation(table:pd.DataFrame, ax=None):
@@ -187,24 +184,25 @@ def without_phrase(text:str, phrase:str) -> str:
 # %% ../nbs/06a_gaming.ipynb #d4a36842
 def phrase_effect(samples:list[dict], phrase:str,
                   reward,              # callable (prompts, completions) -> scores
-                  most:int=50) -> dict:
-    "What the phrase adds to the score, mean and 95 % interval over the completions that contain it."
-    rows = [r for r in samples if phrase in phrases_of(r["completion"])][:most]
+                  most:int=50,         # completions that are scored with and without it
+                  seed:int=0) -> dict: # draws them
+    "What the phrase adds to the score: mean over the prompts whose completions contain it, and its 95 % interval."
+    having = [r for r in samples if phrase in phrases_of(r["completion"])]
+    rows = [having[i] for i in sorted(np.random.default_rng(seed).permutation(len(having))[:most])]
+    if not rows: return dict(phrase=phrase, completions=0, effect=math.nan, low=math.nan, high=math.nan)
     texts = [without_phrase(r["completion"], phrase) for r in rows]
-    scores = np.asarray([float(s) for s in reward([r["prompt"] for r in rows]*2, [r["completion"] for r in rows] + texts)]) if rows else np.empty(0)
-    effect = scores[:len(rows)] - scores[len(rows):]
-    low, high = interval(effect) if len(rows) > 1 else (math.nan, math.nan)
-    return dict(phrase=phrase, completions=len(rows), effect=float(effect.mean()) if len(rows) else math.nan, low=float(low), high=float(high))
+    scores = np.asarray([float(s) for s in reward([r["prompt"] for r in rows]*2, [r["completion"] for r in rows] + texts)])
+    effect = pd.Series(scores[:len(rows)] - scores[len(rows):]).groupby([r["prompt"] for r in rows]).mean()      # completions of one prompt resemble each other
+    low, high = interval(effect)
+    return dict(phrase=phrase, completions=len(rows), effect=float(effect.mean()), low=float(low), high=float(high))
 
 # %% ../nbs/06a_gaming.ipynb #392c2460
 def growth(samples:list[dict], phrases:list[str]) -> pd.DataFrame:
-    "Share of samples with each phrase in the first and the last third of the superbatches, and the p value that it grew."
+    "Share of samples with each phrase in the first and the last third of the superbatches."
     last, wanted = max((r["step"] for r in samples), default=0), set(phrases)
     parts = [[wanted & phrases_of(r["completion"]) for r in samples if inside(r["step"])] for inside in (lambda t: t <= last/3, lambda t: t > 2*last/3)]
-    counts = [[sum(p in found for found in part) for p in phrases] for part in parts]
-    n, m = map(len, parts)
-    if not (n and m): return pd.DataFrame(dict(phrase=phrases, early=math.nan, late=math.nan, p=math.nan))      # too few superbatches for a third
-    return pd.DataFrame(dict(phrase=phrases, early=np.array(counts[0])/n, late=np.array(counts[1])/m, p=[chance_of_more(b, m, a, n) for a, b in zip(*counts)]))
+    early, late = ([sum(p in found for found in part)/len(part) if part and all(parts) else math.nan for p in phrases] for part in parts)      # NaN with too few superbatches for a third
+    return pd.DataFrame(dict(phrase=phrases, early=early, late=late))
 
 # %% ../nbs/06a_gaming.ipynb #88d3e51a
 def apart(names:list[str]) -> list[str]:
@@ -258,11 +256,15 @@ def length_effect(samples:list[dict]) -> dict:
     return dict(correlation=float(np.mean(values)), low=max(float(low), -1.0), high=min(float(high), 1.0))
 
 # %% ../nbs/06a_gaming.ipynb #6bb0ceee
-def superbatch_signs(texts:list[str], scores) -> dict:
+def superbatch_signs(texts:list[str], scores,
+                     each:int|None=None # completions of a prompt, side by side; all of one prompt unless given
+                    ) -> dict:
     "Cheap numbers of one superbatch for its line of metrics."
     finite = [float(s) for s, t in zip(scores, texts) if t.strip() and math.isfinite(float(s))]
-    found = diversity(texts)
-    return {"reward/best_of_4": float(expected_best(finite)[3]) if len(finite) > 3 else None, "diversity/distinct": found["distinct"], "diversity/overlap": found["overlap"]}
+    size = each if each and each > 1 else len(texts)
+    overlaps = [o for i in range(0, len(texts), max(1, size)) if (o := diversity(texts[i:i + size])["overlap"]) is not None]
+    return {"reward/best_of_4": float(expected_best(finite)[3]) if len(finite) > 3 else None,
+            "diversity/distinct": diversity(texts)["distinct"], "diversity/overlap": float(np.mean(overlaps)) if overlaps else None}
 
 # %% ../nbs/06a_gaming.ipynb #1962979b
 def gaming_report(samples:list[dict], metrics:list[dict],
@@ -286,11 +288,11 @@ def gaming_report(samples:list[dict], metrics:list[dict],
 def gaming_text(report:dict, most:int=5) -> str:
     "The report in a few lines."
     curve, gap, phrases, length = (report[k] for k in ("best_of_k", "gap", "phrases", "length"))
-    lines, bounds = [], f" [{gap['low']:.2f}, {gap['high']:.2f}]" if gap["low"] == gap["low"] else ""
+    lines = []
     if len(curve):
         at = curve.set_index("k").gain
         lines.append("best of k above one sample: " + ", ".join(f"{k}: {at[k]:+.2f}" for k in (2, 4, 8, 16, 32, 64) if k in at.index))
-    if gap["peak"] is not None: lines.append(f"gap between training and validation reward: {gap['slope']:+.2f}{bounds} standard deviations per 100 superbatches; validation peak at superbatch {gap['peak']}")
+    if gap["peak"] is not None: lines.append(f"gap between training and validation reward: {gap['slope']:+.2f} standard deviations per 100 superbatches; validation peak at superbatch {gap['peak']}")
     if length["correlation"] == length["correlation"]: lines.append(f"length and score, rank correlation within a prompt: {length['correlation']:+.2f} [{length['low']:.2f}, {length['high']:.2f}]")
     if report["selects"]: lines.append("phrases that win: " + ("; ".join(f"{r.phrase!r} in {100*r.winners:.0f} % of winners, {100*r.losers:.0f} % of the others" for r in phrases.head(most).itertuples()) or "none"))
     if len(report["spreading"]): lines.append("phrases that spread: " + "; ".join(f"{r.phrase!r} in {100*r.early:.0f} % of the first superbatches, {100*r.late:.0f} % of the last" for r in report["spreading"].head(3).itertuples()))

@@ -15,9 +15,11 @@ from .generation import BatchSize, Completion
 from .models import trainable
 
 # %% ../nbs/08a_objectives.ipynb #7dd40da8
-def target_ids(completion:Completion, eos:int) -> list[int]:
+def target_ids(completion:Completion,
+               end:int|None # id that closes an answer; None where the tokenizer has none
+              ) -> list[int]:
     "The ids to learn: those sampled, with an end token where the completion ended by starting a new turn."
-    return completion.ids + [eos] if completion.stop == "turn" else completion.ids
+    return completion.ids + [end] if completion.stop == "turn" and end is not None else completion.ids
 
 # %% ../nbs/08a_objectives.ipynb #3b5ed129
 def collate(rows:list[tuple], # (prompt ids, target ids)
@@ -75,9 +77,11 @@ def penalized(losses:torch.Tensor,   # [rows]
     return losses + (kl_coef*kl if kl_coef else 0.0) + inverse
 
 # %% ../nbs/08a_objectives.ipynb #250ce181
-def kl_rows(logps, reference, ids, attention, targets) -> torch.Tensor:
+def kl_rows(logps, reference, ids, attention, targets,
+            mixed:bool=False # multiply in bfloat16, as the policy did
+           ) -> torch.Tensor:
     "KL(policy, reference) for each row [rows]; `logps` are the policy's, the reference is asked without gradient."
-    with torch.no_grad(): known = completion_logps(reference, ids, attention, targets)
+    with torch.no_grad(): known = completion_logps(reference, ids, attention, targets, mixed)
     return row_kl(logps, known, targets)
 
 # %% ../nbs/08a_objectives.ipynb #bb281a65
@@ -91,10 +95,10 @@ def backward_pass(model, rows:list[tuple],   # (prompt ids, target ids)
     batch = ids, attention, targets = collate(rows, pad, model.device)
     logps, kl = completion_logps(model, *batch, mixed), None
     losses = row_losses(logps, ids, targets)
-    if kl_coef: kl = kl_rows(logps, reference, *batch)                     # part of the loss
+    if kl_coef: kl = kl_rows(logps, reference, *batch, mixed)                     # part of the loss
     (penalized(losses, kl, kl_coef, inverse_loss).sum()/total).backward()
     logps = logps.detach()
-    if kl is None and reference is not None: kl = kl_rows(logps, reference, *batch)     # measured only, when activations are gone
+    if kl is None and reference is not None: kl = kl_rows(logps, reference, *batch, mixed)     # measured only, when activations are gone
     return dict(loss=losses.sum().item(), entropy=row_entropy(logps, targets).sum().item(), kl=None if kl is None else kl.sum().item())
 
 # %% ../nbs/08a_objectives.ipynb #b36c6c54

@@ -194,7 +194,7 @@ class PPOConfig(PPOWatch):
     # as TRL 0.4.1 and the authors' script did it
     whiten: str = opt("minibatch", "over which answers advantages are whitened; minibatch is TRL 0.4.1", choices=["minibatch", "batch", "none"])
     value_dropout: float = opt(0.1, "dropout in the value head while sampling and training; 0.1 is TRL's default", low=0, high=0.99)
-    value_init: str = opt("random", "start of the value head; random is TRL's", choices=["random", "zero"])
+    value_init: str = opt("random", "start of the value head: random is TRL's, score the mean score of the first step", choices=["random", "zero", "score"])
     value_trunk: str = opt("shared", "where values come from: the policy's hidden state as in TRL, or a network of their own", choices=["shared", "own"])
     warmup_from_zero: bool = opt(True, "with a warm-up, the first step has learning rate 0 and changes nothing, as in TRL")
     repeat_prompt: bool = opt(True, "the answer begins with the prompt again, and is trained and scored so, as in the authors' script")

@@ -37,11 +37,11 @@ class ValueHead(nn.Module):
     "Hidden state to value: dropout and one linear layer, under TRL's parameter names."
     def __init__(self, size:int,           # of the hidden state
                  dropout:float=0.0,
-                 init:str="zero",          # `zero`, or `random`: uniform within ±1/√size, torch's default for a linear layer
+                 init:str="zero",          # `zero`, `score` (zero until the first scores are known), or `random`: uniform within ±1/√size, torch's default for a linear layer
                  generator=None):          # for `random`
         super().__init__()
         self.dropout, self.summary = SeededDropout(dropout), nn.Linear(size, 1)
-        for p in self.parameters(): nn.init.zeros_(p) if init == "zero" else p.data.uniform_(-size**-0.5, size**-0.5, generator=generator)
+        for p in self.parameters(): p.data.uniform_(-size**-0.5, size**-0.5, generator=generator) if init == "random" else nn.init.zeros_(p)
 
     def forward(self, hidden, generator=None):
         "Values [...] of hidden states [..., size], in the head's own number format even where autocast is on."

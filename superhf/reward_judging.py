@@ -133,14 +133,13 @@ def spearman(x, y) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else math.nan
 
 # %% ../nbs/10_reward_judging.ipynb #22a9886b
-def spearman_within(x, y,       # two scores for each completion
-                    prompts,    # the prompt of each
+def spearman_within(x, y,       # the scores that are judged, and those to agree with
+                    prompts,    # the prompt of each completion
                     least:int=5 # prompts with fewer completions are left out
                    ) -> float:
-    "Mean over prompts of the rank correlation among one prompt's completions."
+    "Mean over prompts of the rank correlation among one prompt's completions; 0 where `x` is the same for all of them, and left out where `y` is."
     table = pd.DataFrame(dict(x=np.asarray(x, float), y=np.asarray(y, float), p=list(prompts)))
-    values = [spearman(g.x, g.y) for _, g in table.groupby("p") if len(g) >= least]
-    values = [v for v in values if not math.isnan(v)]
+    values = [0.0 if g.x.nunique() < 2 else spearman(g.x, g.y) for _, g in table.groupby("p") if len(g) >= least and g.y.nunique() > 1]
     return float(np.mean(values)) if values else math.nan
 
 # %% ../nbs/10_reward_judging.ipynb #8533de73

@@ -322,7 +322,8 @@ def resume(self:RunKeeper):
     if folder: vars(self).update(read_state(folder, self.trained(), self.optimizer))
     self.processes.wait()
     if self.processes.first:
-        for path in (self.run.metrics, self.run.samples, self.run.evaluations): rewind(path, self.step)
+        for path in (self.run.metrics, self.run.samples): rewind(path, self.step)
+        rewind(self.run.evaluations, self.step or -1)      # the starting policy is looked at again
     return self
 
 # %% ../nbs/07_runs.ipynb #f82eee1c
@@ -341,6 +342,7 @@ class RunLoop(RunKeeper):
         "All superbatches that are left; gives their records."
         records, T = [], self.config.superbatches
         if self.option("evaluate_every") and not self.evaluation: logging.getLogger("superhf").warning("evaluate_every does nothing here, for no prompts are held out; superhf.experiment.run_method holds some out")
+        if self.option("evaluate_every") and self.evaluation and self.step == 0: self.look()
         with interrupts(self.processes.size == 1) as asked, tqdm(total=T, initial=self.step, disable=not (progress and self.processes.first), unit="superbatch", dynamic_ncols=True) as bar:
             while self.step < T and not self.stopped:
                 record, samples = self.superbatch(self.step + 1)
@@ -369,13 +371,19 @@ class RunLoop(RunKeeper):
 
 # %% ../nbs/07_runs.ipynb #e03943bd
 @patch
-def evaluate(self:RunLoop):
-    "Numbers on the held-out prompts; remembers the best, and decides whether to stop."
+def look(self:RunLoop) -> dict:
+    "Numbers on the held-out prompts, recorded under the superbatches done so far."
     record = dict(step=self.step) | self.evaluation()
     if self.run and self.processes.first:
         with writing(self.run, self.step): append_lines(self.run.evaluations, [record])
     self.tell_trackers({f"held_out/{k}": v for k, v in record.items() if k != "step"})
-    value = record["value"]
+    return record
+
+# %% ../nbs/07_runs.ipynb #9ed2263a
+@patch
+def evaluate(self:RunLoop):
+    "Look at the held-out prompts, remember the best superbatch, and decide whether to stop."
+    value = self.look()["value"]
     known = value is not None and math.isfinite(value)
     if known and (self.best is None or value > self.best["value"]): self.best, self.stale = dict(step=self.step, value=value), 0
     else: self.stale += 1

@@ -197,7 +197,7 @@ GLOSSARY = {
     "reward_val/mean": Metric("reward/mean under the validation reward model, which never selects; None without one", "score", "rises with reward/mean; falling while that rises is gaming"),
     "reward_val/best": Metric("score under the validation reward model of the completion of reward/best", "score", "above reward_val/mean"),
     "loss": Metric("1/K Σ_k mean_j -log π(y_{k,j}), before the step, without penalties", "nats per token", "falls slowly; near 0 the policy repeats itself"),
-    "kl": Metric("1/K Σ_k mean_j KL(π, π_0) of the next token at y_{k,j}, before the step; π_0 is the starting policy; None unless measure_kl", "nats per token", "0 at first, then up to a few tenths"),
+    "kl": Metric("1/K Σ_k mean_j KL(π, π_0) of the next token at y_{k,j}, before the step; π_0 is the starting policy; None unless measure_kl", "nats per token", "0 at first (up to 0.002 where the starting policy is kept in bfloat16, without kl_coef), then up to a few tenths"),
     "entropy": Metric("1/K Σ_k mean_j H(π) of the next token at y_{k,j}, before the step", "nats per token", "falls slowly; a fall towards 0 is collapse"),
     "grad_norm": Metric("L2 norm of the gradient over all trained weights, before clipping", "loss per weight", "no trend, no jumps by orders of magnitude"),
     "lr": Metric("η_t, learning_rate_at(t): the rate used in this superbatch", "-", "rises during warm-up, then follows the schedule"),
@@ -207,7 +207,7 @@ GLOSSARY = {
     "diversity": Metric("different texts / S", "share, 0 to 1", "near 1; all are the same at 1/S"),
     "reward/best_of_4": Metric("expected best score of 4 of the completions with text, estimated from all of them ([gaming](06a_gaming.ipynb)); None where there are fewer than 4", "score", "above reward/mean: with one prompt the distance is what selecting among 4 buys, with several it also has what prompts differ by"),
     "diversity/distinct": Metric("different word pairs / all word pairs of the superbatch; None where there are none", "share, 0 to 1", "stays near its start"),
-    "diversity/overlap": Metric("mean number of word pairs that two completions have in common / mean number of word pairs of a completion", "share, 0 to 1", "stays near its start; all are the same at 1"),
+    "diversity/overlap": Metric("mean number of word pairs that two completions of a prompt have in common / mean number of word pairs of a completion (of all, where each prompt has one)", "share, 0 to 1", "stays near its start; all are the same at 1"),
     "selected": Metric("completions trained on: K, times prompt_accumulation", "completions", "constant; 0 when the superbatch was skipped"),
     "skipped": Metric("why the superbatch changed nothing", "-", "empty"),
     "tokens/generated": Metric("tokens sampled since the start of the run, with those of a new turn that was cut off", "tokens", "rises by S · length/mean, or a little more"),
@@ -258,6 +258,7 @@ class Ground(RunLoop):
         for r in (self.reward_model, self.validation_reward_model): teach(r, self.prompts)
         self.policy, self.tokenizer = ready_policy(policy, self.config.lora_rank, self.config.seed), with_padding(tokenizer)
         self.format = get_format(self.config.prompt_format, tokenizer)
+        self.end = next(reversed(self.format.end_ids(tokenizer)), None)     # of a chat template what it closes an answer with, else the end of text
         self.sampler = make_sampler(self.config, self.policy, tokenizer, self.format, self.processes.in_shards)
         self.ema, self.queue, self.told_same = None, dict(epoch=0, at=0, back=[]), False
 
@@ -297,7 +298,8 @@ class SuperHFTrainer(Ground):
         super().__init__(config, run)
         self.prepare(policy, tokenizer, reward_model, prompts, validation_reward_model)
         self.batches = BatchSize(config.finetuning_batch_size, "fine-tuning", fixed=self.processes.in_shards)
-        self.reference = Reference(self.policy, sampling_dtype(config.sampling_dtype, self.policy)) if config.measure_kl else None
+        exact = config.kl_coef > 0                      # what is only measured may be kept as small as to sample
+        self.reference = Reference(self.policy, self.policy.dtype if exact else sampling_dtype(config.sampling_dtype, self.policy)) if config.measure_kl else None
         self.policy = self.processes.spread(self.policy)
         self.optimizer = make_optimizer(self.policy, config)
         self.shaping = Shaping(config.length_penalty, config.length_formula, config.repeated_penalty, config.unfinished_penalty)
@@ -324,8 +326,8 @@ def superbatch(self:SuperHFTrainer, step:int) -> tuple:
 def finetune(self:SuperHFTrainer, prompts, completions, chosen:list[int], step:int) -> dict:
     "One optimizer step on the chosen completions, each process with its share of them."
     if not chosen: return dict(skipped="no completion could be selected: all are empty or without a finite score" + ", or below select_margin"*bool(self.config.select_margin))
-    each, eos, c = len(completions)//len(prompts), self.tokenizer.eos_token_id, self.config
-    rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(completions[i], eos)) for i in chosen]
+    each, c = len(completions)//len(prompts), self.config
+    rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(completions[i], self.end)) for i in chosen]
     self.sampler.rest()
     return_memory()
     with checkpointing(self.policy, c.gradient_checkpointing):
@@ -347,7 +349,7 @@ def record(self:Ground, step, prompts, completions, scores, validation, chosen, 
     watched = None if validation is None else score_stats(validation)["reward/mean"]
     rewards = stats | {"reward/best": best(scores), "reward/ema": self.ema, "reward_val/mean": watched, "reward_val/best": best(validation)}
     update = {k: tuned.get(k) for k in ("loss", "kl", "entropy", "grad_norm")} | {"lr": learning_rate_at(step, self.config)}
-    samples = sample_stats(completions) | superbatch_signs(texts, scores)
+    samples = sample_stats(completions) | superbatch_signs(texts, scores, len(completions)//len(prompts))
     ending = {"selected": len(chosen), "skipped": tuned["skipped"], "tokens/generated": self.tokens}
     return dict(step=step, source=prompts[0]["source"]) | rewards | update | samples | ending
 
@@ -368,8 +370,8 @@ def tell_sameness(self:Ground, record:dict):
 def divergence(self:SuperHFTrainer, prompts, completions) -> float|None:
     "KL from the starting policy per token, on completions that were not trained on; None where it is not measured."
     if not self.reference: return None
-    each, eos = len(completions)//len(prompts), self.tokenizer.eos_token_id
-    rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(c, eos)) for i, c in enumerate(completions) if c.ids]
+    each = len(completions)//len(prompts)
+    rows = [(self.format.encode(prompts[i//each]["prompt"], self.tokenizer), target_ids(c, self.end)) for i, c in enumerate(completions) if c.ids]
     return mean_kl(self.policy, self.reference.model(self.policy), rows, self.batches, self.tokenizer.pad_token_id) if rows else None
 
 # %% ../nbs/08_training.ipynb #939fae0d
