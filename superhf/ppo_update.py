@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SeededDropout', 'ValueHead', 'read_positions', 'PolicyWithValue', 'with_value_head', 'Rollout', 'autocast',
-           'forward_rows', 'StartingPolicy', 'roll_out', 'step_advantages', 'minibatch_gradient', 'minibatch_stats',
-           'clip_gradient', 'update_minibatch', 'draw_order', 'rollout_stats', 'average_stats', 'rollout_problem',
-           'ppo_step']
+           'forward_rows', 'StartingPolicy', 'passes', 'roll_out', 'step_advantages', 'minibatch_gradient',
+           'minibatch_stats', 'clip_gradient', 'gradient_that_fits', 'update_minibatch', 'draw_order', 'rollout_stats',
+           'average_stats', 'rollout_problem', 'ppo_step']
 
 # %% ../nbs/09b_ppo_update.ipynb #6db2afe3
 import copy, math
@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 import torch
 from torch import nn
+from .generation import BatchSize
 from .inference import multiplies_in_bfloat16
 from .objectives import starts_bare
 from .ppo import (PPOConfig, Rows, adapt_kl_coef, entropy, gae, masked_mean, masked_var, policy_losses, token_logprobs,
@@ -136,6 +137,12 @@ class StartingPolicy(nn.Module):
         with self.off(): logits, _ = read_positions(self.policies[0], ids, attention_mask, at)
         return (token_logprobs(logits, ids[:, 1:][at]),)
 
+# %% ../nbs/09b_ppo_update.ipynb #f06ac022
+def passes(model, c:PPOConfig) -> BatchSize:
+    "How many rows go through a model at once."
+    if not hasattr(model, "passes") or model.passes.size != c.finetuning_batch_size: model.passes = BatchSize(c.finetuning_batch_size, "fine-tuning")
+    return model.passes
+
 # %% ../nbs/09b_ppo_update.ipynb #391b3744
 @torch.no_grad()
 def roll_out(model,                # `PolicyWithValue`
@@ -146,10 +153,10 @@ def roll_out(model,                # `PolicyWithValue`
             ) -> Rollout:
     "Old log-probabilities, old values, reference log-probabilities and rewards of a batch."
     at = torch.ones_like(rows.mask, dtype=torch.bool) if everywhere else rows.mask.bool()
-    chunks = torch.arange(len(rows)).split(c.finetuning_batch_size)
-    ours = [forward_rows(model, rows, pick, at, c, generator)[:2] for pick in chunks]
-    frozen = [forward_rows(reference, rows, pick, at, c)[0] for pick in chunks]
-    logprobs, values, ref_logprobs = (torch.cat(x) for x in (*zip(*ours), frozen))
+    each, fit = list(range(len(rows))), passes(model, c)
+    ours = fit.run(lambda pick: list(zip(*forward_rows(model, rows, pick, at, c, generator)[:2])), each)
+    frozen = fit.run(lambda pick: list(forward_rows(reference, rows, pick, at, c)[0]), each)
+    logprobs, values, ref_logprobs = (torch.stack(x) for x in (*zip(*ours), frozen))
     rewards, kl_part = token_rewards(rows.scores, logprobs, ref_logprobs, rows.mask, kl_coef, c.clip_kl)
     if c.whiten_rewards: rewards = whiten(rewards, rows.mask, shift_mean=False)
     return Rollout(**vars(rows), at=at, logprobs=logprobs, values=values, ref_logprobs=ref_logprobs, rewards=rewards, kl_part=kl_part)
@@ -167,11 +174,11 @@ def step_advantages(raw:torch.Tensor,  # A of the whole batch [rows, L-1]
 def minibatch_gradient(model, roll:Rollout, pick,
                        advantages, returns, # of the picked rows
                        c:PPOConfig, generator=None,
-                       rows_at_once:int|None=None # unless given: `finetuning_batch_size`
+                       rows_at_once:int|None=None # as many as fit, unless given
                       ) -> list:
     "Add the gradient of a minibatch to `.grad`; gives the new log π, V and entropy, each [picked, L-1]."
     tokens, pick, done = roll.mask[pick].sum(), torch.as_tensor(pick), []
-    for part in torch.arange(len(pick)).split(rows_at_once or c.finetuning_batch_size):
+    for part in torch.arange(len(pick)).split(rows_at_once or passes(model, c).now):
         rows = pick[part]
         logprobs, values, spread = forward_rows(model, roll, rows, roll.at, c, generator)
         pi, _ = policy_losses(logprobs, roll.logprobs[rows], advantages[part], c.cliprange)
@@ -203,12 +210,23 @@ def clip_gradient(optimizer, max_norm:float # 0 is off
     norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm or math.inf)
     return norm*min(1, max_norm/(norm + 1e-6)) if max_norm else norm
 
+# %% ../nbs/09b_ppo_update.ipynb #ef7caafa
+def gradient_that_fits(model, optimizer, roll:Rollout, pick, advantages, returns, c:PPOConfig, generator=None) -> list:
+    "`minibatch_gradient` from zero, in smaller pieces where memory runs out."
+    fit, drawn = passes(model, c), generator.get_state() if generator else None
+    while True:
+        optimizer.zero_grad()
+        try: new = minibatch_gradient(model, roll, pick, advantages, returns, c, generator)
+        except (RuntimeError, MemoryError) as error:
+            fit.shrink(error)                        # raises where memory is not the reason
+            if generator: generator.set_state(drawn)
+        else: fit.grow(); return new
+
 # %% ../nbs/09b_ppo_update.ipynb #47820f32
 def update_minibatch(model, optimizer, roll:Rollout, pick, raw, returns, c:PPOConfig, generator=None) -> dict:
     "One optimizer step; its statistics, or `problem` alone where nothing was changed."
     advantages, returns = step_advantages(raw, roll.mask, pick, c), returns[pick]
-    optimizer.zero_grad()
-    new = minibatch_gradient(model, roll, pick, advantages, returns, c, generator)
+    new = gradient_that_fits(model, optimizer, roll, pick, advantages, returns, c, generator)
     stats = minibatch_stats(roll, pick, new, advantages, returns, c)
     norm = clip_gradient(optimizer, c.max_grad_norm)
     for name, value in (("loss", stats["loss/total"]), ("gradient", norm)):
