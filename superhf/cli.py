@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['default_of', 'arguments', 'add_options', 'Command', 'make_parser', 'say', 'options_in', 'files_first', 'parse',
-           'run_config', 'refuse_changes', 'train_command', 'ppo_command', 'SampleConfig', 'sample_rows_of',
-           'best_ones', 'judge_of', 'sample_command', 'data_command', 'score_command', 'train_reward_command',
-           'sweep_command', 'evaluation_commands', 'commands', 'usage', 'quiet', 'named_first', 'main']
+           'run_config', 'train_command', 'ppo_command', 'SampleConfig', 'sample_rows_of', 'best_ones', 'judge_of',
+           'sample_command', 'data_command', 'score_command', 'train_reward_command', 'sweep_command',
+           'evaluation_commands', 'commands', 'usage', 'quiet', 'named_first', 'main']
 
 # %% ../nbs/12_cli.ipynb #9e2a0b6b
 import argparse, itertools, logging, re, sys, typing, warnings
@@ -15,6 +15,7 @@ from pathlib import Path
 from . import __version__
 from .core import Interrupted, UserError, config_from, first_line, opt, option_groups, tell, type_name, unknown_option, writable
 from .generation import SamplingOptions, check_prompts, is_out_of_memory, load_sampler, sample_all
+from .models import at_home
 
 # %% ../nbs/12_cli.ipynb #3f4b69c2
 def default_of(field):
@@ -108,7 +109,9 @@ def parse(command:Command, argv:list[str]) -> tuple:
     except (argparse.ArgumentError, TypeError) as e: raise UserError(say(e, command.config)) from e
     values = {f.name: getattr(asked, f.name) for f in fields(command.config) if hasattr(asked, f.name)}
     config = config_from(command.config, values)
-    if resume: refuse_changes(resume, values)
+    if resume:
+        from superhf.runs import RunFolder, refuse_changes
+        refuse_changes(RunFolder(resume), values)
     return config, name, resume
 
 # %% ../nbs/12_cli.ipynb #e382dcd7
@@ -120,13 +123,6 @@ def run_config(path:str, cls=None # the config class that must know them all
     strange = [name for name in found if cls and name not in {f.name for f in fields(cls)}]
     if strange: raise UserError(f"{path!r} is no run of this command, which has no option {strange[0]!r}; try superhf {'ppo' if 'ppo_epochs' in found else 'train'} --resume {path}")
     return found
-
-# %% ../nbs/12_cli.ipynb #cb07b4be
-def refuse_changes(path:str, values:dict):
-    "A run goes on with the options that it was started with; others are refused by name."
-    old = run_config(path)
-    changed = [f"{k} (was {old[k]!r}, now {values[k]!r})" for k in old if k in values and values[k] != old[k] and k != "output_dir"]
-    if changed: raise UserError(f"cannot resume {path!r} with other options: {', '.join(changed)}")
 
 # %% ../nbs/12_cli.ipynb #82a330b0
 def train_command(config, preset=None, resume=None):
@@ -159,6 +155,8 @@ class SampleConfig(SamplingOptions):
     reward_dtype: str = opt("auto", "number format of the reward models: auto takes bfloat16 for those of ours where it is native", choices=["auto", "float32", "bfloat16"])
     output: str = opt("", "JSON-lines file to write")
 
+    def __post_init__(self): self.model = at_home(self.model)
+
 # %% ../nbs/12_cli.ipynb #3bcc053e
 def sample_rows_of(prompts:list[dict], completions, n:int) -> list[dict]:
     "One record per completion, prompt by prompt, with the columns of its prompt."
@@ -189,13 +187,14 @@ def judge_of(config:SampleConfig, prompts:list[dict]):
 # %% ../nbs/12_cli.ipynb #edac1e00
 def sample_command(config:SampleConfig, **_):
     "`superhf sample`: n completions of every prompt, written beside and then renamed."
+    from superhf.comparison import formats_of
     from superhf.data import load_prompts
     from superhf.scoring import write_rows
     if not config.output: raise UserError("sample needs --output, a JSON-lines file to write")
     writable(config.output)
     prompts = load_prompts(config.prompts, config.prompt_column, config.data_dir)
     scorer = judge_of(config, prompts) if config.best_of > 1 else None
-    sampler = load_sampler(config.model, config)
+    sampler = load_sampler(config.model, config, formats_of([config.model], config.prompt_format)[config.model])
     check_prompts(sampler, [p["prompt"] for p in prompts])
     each = [p for p in prompts for _ in range(config.n*config.best_of)]
     completions = sample_all(sampler, [p["prompt"] for p in each], config.seed)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Completion', 'StopRule', 'unfit', 'check_architecture', 'prefill', 'Batch', 'read_prompts', 'forward', 'propose_next',
            'take', 'Graphs', 'advance', 'decode_rows', 'is_out_of_memory', 'BatchSize', 'token_limit', 'check_room',
-           'NoEnd', 'check_decoding', 'Sampler', 'check_prompts', 'SamplingOptions', 'sampling_config', 'load_sampler',
-           'sample_all']
+           'NoEnd', 'check_vocabulary', 'check_decoding', 'Sampler', 'check_prompts', 'SamplingOptions',
+           'sampling_config', 'load_sampler', 'sample_all']
 
 # %% ../nbs/04_generation.ipynb #c0741247
 import logging, math, traceback
@@ -307,6 +307,12 @@ class NoEnd:
         "All ids as a completion that met the limit."
         return Completion(ids, self.tokenizer.decode(ids, skip_special_tokens=True).strip(), False, "length", logprobs, len(ids))
 
+# %% ../nbs/04_generation.ipynb #35b473e3
+def check_vocabulary(model, tokenizer):
+    "Refuse a tokenizer with ids that the model has no embedding for."
+    rows, last = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
+    if last >= rows: raise UserError(f"the tokenizer's token {tokenizer.convert_ids_to_tokens(last)!r} has the id {last}, and the model knows {rows} tokens; give its own tokenizer, or enlarge it with resize_token_embeddings")
+
 # %% ../nbs/04_generation.ipynb #b7f708f6
 @torch.no_grad()
 def check_decoding(model, tokenizer):
@@ -331,6 +337,7 @@ class Sampler:
                  dtype:str="auto",      # number format: `auto`, `policy`, or one by name
                  apart:bool=False):     # sample from a copy even in the policy's own format: its weights are in shards
         check_architecture(policy)
+        check_vocabulary(policy, tokenizer)
         check_decoding(policy, tokenizer)
         self.policy, self.tokenizer, self.format, self.config = policy, tokenizer, format, config
         generation = getattr(policy, "generation_config", None)

@@ -103,8 +103,10 @@ def demo_policy_dir() -> Path:
 
 # %% ../nbs/03_models.ipynb #489cdf88
 def at_home(name:str) -> str:
-    "A model's name, with `~` as the folder that it stands for."
-    return str(Path(name).expanduser()) if name.startswith("~") else name
+    "A model's name, with `~` as the folder that it stands for, and a run's folder as the model in it."
+    path = Path(name).expanduser() if name.startswith("~") else Path(name)
+    if (path/"model"/"config.json").exists() and not (path/"config.json").exists(): return str(path/"model")
+    return str(path) if name.startswith("~") else name
 
 # %% ../nbs/03_models.ipynb #2cea6150
 def model_source(name:str) -> str:
@@ -113,8 +115,7 @@ def model_source(name:str) -> str:
     path = Path(at_home(name))
     if path.is_dir():
         if not any((path/f).exists() for f in ("config.json", "adapter_config.json")):
-            inside = f"the model of this run is {name.rstrip('/')}/model" if (path/"model"/"config.json").exists() else "give a folder written by save_pretrained, a hub id, or demo"
-            raise UserError(f"model folder {name!r} has no config.json; {inside}")
+            raise UserError(f"model folder {name!r} has no config.json; give a folder written by save_pretrained, a run that has ended, a hub id, or demo")
         return str(path)
     if path.exists(): raise UserError(f"model {name!r} is a file; give the folder that holds it, a hub id, or demo")
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name: raise UserError(f"model folder {name!r} does not exist; give an existing folder, a hub id, or demo")
@@ -132,14 +133,16 @@ def from_source(cls, source:str, name:str, **kwargs):
 
 # %% ../nbs/03_models.ipynb #08431f9c
 def with_padding(tokenizer):
-    "The tokenizer with a padding token: the end token where it has none of its own."
-    if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
+    "The tokenizer with a padding token: the end token where it has none of its own, and the first one where it has neither (padding is masked)."
+    if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 # %% ../nbs/03_models.ipynb #57d3467e
 def load_tokenizer(name:str, trust_remote_code:bool=False, revision:str|None=None):
-    "The tokenizer of a model, with a padding token; a folder without one is refused."
+    "The tokenizer of a model, with a padding token; of adapters without one that of their base. A folder without one is refused."
     from transformers import AutoTokenizer
+    source = Path(model_source(name))
+    if (adapters := source/"adapter_config.json").exists() and not (source/"tokenizer_config.json").exists(): name = json.loads(adapters.read_text())["base_model_name_or_path"]
     tokenizer = from_source(AutoTokenizer, model_source(name), name, trust_remote_code=trust_remote_code, revision=revision or "main")
     if not tokenizer("1 a", add_special_tokens=False)["input_ids"]: raise UserError(f"model {name!r} has no tokenizer: its tokenizer reads no text; save one there with save_pretrained")
     return with_padding(tokenizer)

@@ -180,6 +180,7 @@ def update(self:PPOTrainer, step:int, prompt_ids, response_ids, scores) -> dict:
     for group in self.optimizer.param_groups: group["lr"] = ppo_learning_rate(step, c)
     self.sampler.rest()
     return_memory()
+    self.touched = True
     stats, self.kl_coef = ppo_step(self.model, self.reference, rows, self.optimizer, c, self.kl_coef, step_generator(c.seed, step))
     self.optimizer.zero_grad()
     self.processes.agree(trainable(self.model))

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SYSTEM_SENTENCE', 'PAPER_TEMPLATE', 'HH_TURNS', 'role_tags', 'stop_pattern', 'encode_text', 'special_ids',
-           'split_turns', 'between_turns', 'PromptFormat', 'chat_text', 'chat_format', 'template_format', 'get_format']
+           'split_turns', 'between_turns', 'PromptFormat', 'chat_text', 'chat_format', 'template_format',
+           'with_chat_ends', 'get_format']
 
 # %% ../nbs/02_prompts.ipynb #6cd3444b
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from .core import UserError
 
 # %% ../nbs/02_prompts.ipynb #32cf4809
@@ -152,6 +153,14 @@ def template_format(template:str # text with `{prompt}` in it, once
     if (n := template.count("{prompt}")) != 1: raise UserError(f"a prompt template must hold {{prompt}} once, this one holds it {n} times: {template!r}")
     return PromptFormat("template", template, role_tags(template), between=between_turns(template))
 
+# %% ../nbs/02_prompts.ipynb #b429a9a5
+def with_chat_ends(format:PromptFormat, tokenizer) -> PromptFormat:
+    "The format of a template; where it holds the tags of the tokenizer's chat template, with the tags and the end of that."
+    if getattr(tokenizer, "chat_template", None) is None: return format
+    try: chat = chat_format(tokenizer)
+    except UserError: return format
+    return replace(format, tags=chat.tags, close=chat.close) if chat.tags and all(tag in format.template for tag in chat.tags) else format
+
 # %% ../nbs/02_prompts.ipynb #5d2ccbad
 def get_format(spec:str="auto", # "auto", "paper", "chat", "chat: SYSTEM TEXT" or a template that holds {prompt}
                tokenizer=None   # the policy's tokenizer; needed for "chat"
@@ -163,5 +172,5 @@ def get_format(spec:str="auto", # "auto", "paper", "chat", "chat: SYSTEM TEXT" o
     kind, _, system = spec.partition(":")
     if kind == "chat" and not has_chat: raise UserError('prompt format "chat" needs a tokenizer with a chat template, and this one has none; use "paper"')
     if kind == "chat": return chat_format(tokenizer, system.strip())
-    if "{" in spec: return template_format(spec)
+    if "{" in spec: return with_chat_ends(template_format(spec), tokenizer)
     raise UserError(f'unknown prompt format {spec!r}; give "auto", "paper", "chat", "chat: SYSTEM TEXT" or a template that holds {{prompt}}')

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['plain', 'append_lines', 'read_lines', 'rewind', 'versions', 'hardware', 'git_commit', 'peak_memory', 'return_memory',
-           'RunFolder', 'locked', 'read_samples', 'sync', 'sizes', 'is_whole', 'best_of', 'save_checkpoint',
-           'resume_point', 'state_tensors', 'write_state', 'read_state', 'interrupts', 'writing', 'RunKeeper',
-           'is_finished', 'RunLoop']
+           'RunFolder', 'refuse_changes', 'locked', 'read_samples', 'sync', 'sizes', 'is_whole', 'best_of',
+           'save_checkpoint', 'resume_point', 'state_tensors', 'write_state', 'read_state', 'interrupts', 'writing',
+           'RunKeeper', 'is_finished', 'RunLoop']
 
 # %% ../nbs/07_runs.ipynb #47c7ba49
-import ctypes, fcntl, json, logging, math, os, platform, resource, shutil, signal, subprocess, sys, threading
+import copy, ctypes, fcntl, json, logging, math, os, platform, resource, shutil, signal, subprocess, sys, threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -121,6 +121,13 @@ class RunFolder:
         "What `create` wrote; a folder that is not a run is refused."
         if not self.config.exists(): raise UserError(f"{str(self.path)!r} is not a run: it has no config.yaml")
         return yaml.safe_load(self.config.read_text())
+
+# %% ../nbs/07_runs.ipynb #73ad700f
+def refuse_changes(run:RunFolder, options:dict):
+    "Refuse options that are not those of the run, by name; the folder may have moved."
+    old = run.read_config()["config"]
+    changed = [f"{k} (was {old[k]!r}, now {options[k]!r})" for k in old if k in options and options[k] != old[k] and k != "output_dir"]
+    if changed: raise UserError(f"cannot resume {str(run.path)!r} with other options: {', '.join(changed)}")
 
 # %% ../nbs/07_runs.ipynb #8a0910d5
 @contextmanager
@@ -345,7 +352,9 @@ class RunLoop(RunKeeper):
         if self.option("evaluate_every") and self.evaluation and self.step == 0: self.look()
         with interrupts(self.processes.size == 1) as asked, tqdm(total=T, initial=self.step, disable=not (progress and self.processes.first), unit="superbatch", dynamic_ncols=True) as bar:
             while self.step < T and not self.stopped:
-                record, samples = self.superbatch(self.step + 1)
+                before, self.touched = copy.deepcopy(self.state()), False
+                try: record, samples = self.superbatch(self.step + 1)
+                except UserError as e: raise self.saved_before(e, before) from e
                 self.step += 1
                 records.append(record)
                 self.after(record, samples, self.processes.any(bool(asked)))
@@ -364,10 +373,21 @@ class RunLoop(RunKeeper):
         last, every = self.step == self.config.superbatches, self.config.checkpoint_every
         regular = every and (last or self.step % every == 0)
         is_best = self.best and self.best["step"] == self.step and not last
-        if self.run and (end or self.stopped or regular or is_best): self.save()
-        if end and self.step < self.config.superbatches: raise Interrupted(f"stopped after superbatch {self.step}" + (f"; go on with --resume {self.run.path}" if self.run else ""))
         limit = self.option("max_skipped")
-        if limit and self.skips >= limit: raise UserError(f"{self.skips} superbatches in a row changed nothing, the last because {record['skipped']}")
+        stuck = limit and self.skips >= limit
+        if self.run and (end or self.stopped or regular or is_best or stuck): self.save()
+        if end and self.step < self.config.superbatches: raise Interrupted(f"stopped after superbatch {self.step}" + (f"; go on with --resume {self.run.path}" if self.run else ""))
+        if stuck: raise UserError(f"{self.skips} superbatches in a row changed nothing, the last because {record['skipped']}")
+
+# %% ../nbs/07_runs.ipynb #ff5db6b3
+@patch
+def saved_before(self:RunLoop, error, before:dict # the state before the superbatch
+                ) -> UserError:
+    "The error of a superbatch that failed; what was done before it is saved where it still stands."
+    if not self.run or not self.step or self.touched or self.processes.size > 1: return error
+    vars(self).update(before)
+    self.save()
+    return UserError(f"{error}; the {self.step} superbatches before are saved, --resume {self.run.path} goes on from there")
 
 # %% ../nbs/07_runs.ipynb #e03943bd
 @patch

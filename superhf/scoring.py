@@ -29,8 +29,9 @@ def reward_name(reward) -> str:
 # %% ../nbs/06_scoring.ipynb #c7be8edc
 def as_scores(values, n:int, name:str) -> torch.Tensor:
     "The result of a reward model as float32 `[n]` on the CPU, None as NaN; `UserError` where it is anything else."
-    if isinstance(values, (list, tuple)): values = [math.nan if v is None else v for v in values]
-    try: scores = torch.as_tensor(values).detach().to("cpu", torch.float32)
+    try:
+        if not isinstance(values, (str, torch.Tensor)) and hasattr(values, "__iter__"): values = [math.nan if v is None else v for v in values]
+        scores = torch.as_tensor(values).detach().to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"reward function {name} must return one number for each completion, got {type(values).__name__}: {e}") from e
     if scores.ndim == 2 and scores.shape[1] == 1: scores = scores[:, 0]
@@ -70,6 +71,7 @@ def call_reward(reward,            # callable (prompts, completions) -> scores
 # %% ../nbs/06_scoring.ipynb #1993c234
 def eligible(scores, texts) -> list[int]:
     "Indices that may be selected, in order: finite score, some text, the best-scored copy of equal texts."
+    if len(scores) != len(texts): raise UserError(f"{len(scores)} scores for {len(texts)} completions")
     best = {}
     for i, (s, t) in enumerate(zip(map(float, scores), texts)):
         if not math.isfinite(s) or not t.strip(): continue
@@ -142,9 +144,9 @@ def repeated_share(text:str, n:int=3) -> float:
 # %% ../nbs/06_scoring.ipynb #d81a6023
 def penalties(completions, ended, shaping:Shaping) -> torch.Tensor:
     "What shaping takes from each score, float32 `[n]`."
+    a, b, u = shaping.length_penalty, shaping.repeated_penalty, shaping.unfinished_penalty
     size = (lambda t: math.log(1 + len(t))) if shaping.length_formula == "log" else len
-    return torch.tensor([shaping.length_penalty * size(t) + shaping.repeated_penalty * repeated_share(t) + shaping.unfinished_penalty * (not e)
-                         for t, e in zip(completions, ended)], dtype=torch.float32)
+    return torch.tensor([a*size(t) + b*repeated_share(t) + u*(not e) for t, e in zip(completions, ended)], dtype=torch.float32)
 
 # %% ../nbs/06_scoring.ipynb #afdaa852
 def scored_in_batches(reward, prompts:list, completions:list, batches:BatchSize) -> torch.Tensor:

@@ -38,6 +38,7 @@ class RunConfig(SamplingOptions):
     validation_reward_model: str|None = opt(None, "a second reward model that only watches; none unless set")
     prompts: str = opt("demo", "prompts: a file (JSONL, CSV, Parquet, text), a source of superhf.data, paper (the four of Table 1), or demo")
     prompt_column: str = opt("prompt", "the prompt column of a file or a hub dataset; a reward function may ask for the other columns of a file")
+    max_prompt_characters: int = opt(0, "longest prompt that is kept, in characters; 0 = 1,024 for the sources of the paper (section 4.1), and any in a file", low=0)
     data_dir: str|None = opt(None, "folder laid out like the hub, to read prompts from instead of the hub")
     output_dir: str = opt("runs/superhf", "folder of the run")
     seed: int = opt(0, "decides prompt order and every completion", low=0)
@@ -335,6 +336,7 @@ def finetune(self:SuperHFTrainer, prompts, completions, chosen:list[int], step:i
                           reference=self.reference.model(self.policy) if self.reference else None, kl_coef=c.kl_coef, inverse_loss=c.inverse_loss_penalty)
     self.processes.add_gradients(trainable(self.policy))
     stats = average(self.processes.sums(sums), len(rows))
+    self.touched = True
     norm = optimizer_step(self.policy, self.optimizer, learning_rate_at(step, c), c.max_grad_norm, stats["loss"])
     return stats | dict(grad_norm=norm, skipped=not_finite({"loss": stats["loss"], "gradient's norm": norm}))
 
