@@ -9,7 +9,7 @@ __all__ = ['default_of', 'arguments', 'add_options', 'Command', 'make_parser', '
            'evaluation_commands', 'commands', 'usage', 'quiet', 'named_first', 'main']
 
 # %% ../nbs/12_cli.ipynb #9e2a0b6b
-import argparse, itertools, logging, re, sys, typing, warnings
+import argparse, itertools, logging, math, re, sys, typing, warnings
 from dataclasses import asdict, dataclass, fields, MISSING
 from pathlib import Path
 from . import __version__
@@ -84,6 +84,7 @@ def options_in(path:str) -> str:
     try: found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except UnicodeDecodeError as e: raise UserError(f"--config: {path} is not UTF-8: {e.reason} at byte {e.start}") from e
     except (OSError, yaml.YAMLError): return path        # the parser says what is wrong
+    if found is None: return "{}"        # an empty file
     return yaml.safe_dump(found["config"]) if isinstance(found, dict) and isinstance(found.get("config"), dict) else path
 
 # %% ../nbs/12_cli.ipynb #c06b346d
@@ -158,21 +159,25 @@ class SampleConfig(SamplingOptions):
     def __post_init__(self): self.model = at_home(self.model)
 
 # %% ../nbs/12_cli.ipynb #3bcc053e
-def sample_rows_of(prompts:list[dict], completions, n:int) -> list[dict]:
+def sample_rows_of(prompts:list[dict], completions, n:int,
+                   scores:list|None=None # of the completions, where they were chosen by one
+                  ) -> list[dict]:
     "One record per completion, prompt by prompt, with the columns of its prompt."
     about = [dict(prompt=p["prompt"], source=p["source"]) | {c: v for c, v in p.items() if c not in ("id", "prompt", "source")} for p in prompts]
-    return [about[i//n] | dict(completion=c.text, ended=c.ended, stop=c.stop) for i, c in enumerate(completions)]
+    score = lambda i: dict(score=scores[i] if math.isfinite(scores[i]) else None) if scores else {}
+    return [about[i//n] | dict(completion=c.text, ended=c.ended, stop=c.stop) | score(i) for i, c in enumerate(completions)]
 
 # %% ../nbs/12_cli.ipynb #b47fffcd
 def best_ones(prompts:list[dict], completions, scorer, best_of:int) -> list:
-    "The best of each run of `best_of` completions; `prompts` has a row for each."
+    "The best of each run of `best_of` completions, with its score; `prompts` has a row for each."
     from superhf.scoring import select_top_k
     scores, texts = scorer([p["prompt"] for p in prompts], [c.text for c in completions]), [c.text for c in completions]
     def best(at):
         "Where the best of the completions from `at` on is."
         group = slice(at, at + best_of)
         return at + (select_top_k(scores[group], texts[group]) or [0])[0]
-    return [completions[best(at)] for at in range(0, len(completions), best_of)]
+    chosen = [best(at) for at in range(0, len(completions), best_of)]
+    return [completions[i] for i in chosen], [scores[i].item() for i in chosen]
 
 # %% ../nbs/12_cli.ipynb #cab10786
 def judge_of(config:SampleConfig, prompts:list[dict]):
@@ -198,8 +203,8 @@ def sample_command(config:SampleConfig, **_):
     check_prompts(sampler, [p["prompt"] for p in prompts])
     each = [p for p in prompts for _ in range(config.n*config.best_of)]
     completions = sample_all(sampler, [p["prompt"] for p in each], config.seed)
-    if scorer: completions = best_ones(each, completions, scorer, config.best_of)
-    write_rows(sample_rows_of(prompts, completions, config.n), config.output)
+    completions, scores = best_ones(each, completions, scorer, config.best_of) if scorer else (completions, None)
+    write_rows(sample_rows_of(prompts, completions, config.n, scores), config.output)
     tell(f"{len(completions)} completions of {len(prompts)} prompts in {config.output}")
 
 # %% ../nbs/12_cli.ipynb #a06b1e24

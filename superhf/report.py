@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'ASSETS', 'for_browser', 'safe_json', 'run_and_record', 'records_of', 'state_of', 'curves_of', 'held_out_of',
            'gaming_of', 'plain_options', 'machine_of', 'run_data', 'some_of', 'columns_of', 'rounded', 'page',
-           'incomparable', 'make_report', 'ReportConfig', 'report_command']
+           'incomparable', 'make_report', 'ReportConfig', 'runs_in', 'report_command']
 
 # %% ../nbs/11g_report.ipynb #35cec414
 import base64, hashlib, html, importlib.util, json, math, string, time
@@ -184,15 +184,22 @@ def make_report(paths:list[str]) -> str:
 @dataclass
 class ReportConfig:
     "Options of `superhf report`."
-    run: list[str] = opt([], "run folders")
+    run: list[str] = opt([], "run folders, or those of sweeps")
     output: str = opt("", "HTML file to write; report.html in the first run's folder unless given")
     figures: bool = opt(False, "also draw figures/ of every run, as PNG and SVG")
+
+# %% ../nbs/11g_report.ipynb #321b9c97
+def runs_in(folders:list[str]) -> list[str]:
+    "The runs that folders name: a run itself, or all runs of a sweep that have begun, by name."
+    inside = lambda f: sorted(str(p.parent) for p in Path(f).glob("runs/*/config.yaml"))
+    return [run for f in folders for run in ([f] if RunFolder(f).config.exists() else inside(f) or [f])]
 
 # %% ../nbs/11g_report.ipynb #a5a2a9e9
 def report_command(config:ReportConfig, **_):
     "`superhf report RUN...`: write the page."
     from superhf.core import tell
     if not config.run: raise UserError("report needs run folders: superhf report RUN...")
+    config.run = runs_in(config.run)
     path, text = Path(config.output or Path(config.run[0])/"report.html"), make_report(config.run)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -210,7 +210,7 @@ class Validation:
         r = rewards_of(model, tokenizer, self.rows + self.chosen + self.rejected, dtype).numpy()
         model.train()
         pairs = pair_accuracy(r[n:n+len(self.chosen)], r[n+len(self.chosen):])
-        result = dict(pair_accuracy=pairs["accuracy"]) if pairs["n"] else {}
+        result = dict(pair_accuracy=pairs["accuracy"], pairs=pairs["n"]) if pairs["n"] else {}
         if not n: return result
         s = self.scored.score.to_numpy(float)
         return result | dict(spearman=spearman(r[:n], s), spearman_within=spearman_within(r[:n], s, self.scored.prompt), mse=float(((r[:n] - s)**2).mean()))
@@ -244,7 +244,8 @@ class Student:
 
     def start(self):
         "An empty folder to train in: what an earlier training left there is forgotten."
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try: self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise UserError(f"cannot make the folder {str(self.folder)!r}: {e.strerror}; name another --output-dir") from e
         for name in ("checkpoint.pt", "metrics.jsonl", "training.json"): (self.folder/name).unlink(missing_ok=True)
 
     def save(self):

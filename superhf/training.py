@@ -70,7 +70,7 @@ class SuperHFConfig(RunConfig):
     prompt_accumulation: int = opt(1, "superbatches, each of its own prompts, that are sampled and scored before one optimizer step on the best of each", low=1)
     put_back: bool = opt(False, "prompts of which no completion was kept come again at the end of the pass (section 3.1)")
     prompt_order: str = opt("shuffled", "shuffled (section 4.1), or balanced: shuffled, and the sources take turns", choices=["shuffled", "balanced"])
-    learning_rate: float = opt(1e-5, "peak learning rate (Table 2)", above=0)
+    learning_rate: float = opt(1e-5, "peak learning rate (Table 2); with 0 nothing is learned", low=0)
     warmup_superbatches: int = opt(100, "superbatches of linear warm-up (Table 2)", low=0)
     schedule: str = opt("cosine", "learning rate after warm-up (Table 2)", choices=["cosine", "linear", "constant"])
     kl_coef: float = opt(0.0, "weight of KL(policy, starting policy) per token in the loss; 0 is off", low=0)
