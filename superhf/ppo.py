@@ -208,7 +208,7 @@ class PPOConfig(PPOWatch):
     checkpoint_every: int = opt(20, "PPO steps between checkpoints; 0 is off", low=0)
 
 # %% ../nbs/09_ppo.ipynb #c49d1844
-PRESETS = dict(paper={}, repaired=dict(repeat_prompt=False, whiten="batch", minibatch_size=8, value_dropout=0.0, value_init="zero",
+PRESETS = dict(paper={}, repaired=dict(repeat_prompt=False, whiten="batch", minibatch_size=8, value_dropout=0.0, value_init="score",
                                        max_grad_norm=1.0, horizon=640.0, warmup_from_zero=False))
 PRESETS["demo"] = dict(PRESETS["repaired"], model="demo", reward_model="demo", output_dir="runs/ppo-demo", superbatches=60, superbatch_size=16,
                        superbatch_prompts=16, max_new_tokens=48, generation_batch_size=16, checkpoint_every=30, mixed_precision="auto")
