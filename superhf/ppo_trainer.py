@@ -175,7 +175,7 @@ def update(self:PPOTrainer, step:int, prompt_ids, response_ids, scores) -> dict:
     if not known: return dict(skipped="no answer has a finite score", kl=None)
     prompt_ids, response_ids, scores = [prompt_ids[i] for i in known], [response_ids[i] for i in known], scores[known]
     rows = batch_rows(prompt_ids, response_ids, scores, self.tokenizer, self.policy.device)
-    if step == 1 and c.value_init == "score": self.model.v_head.summary.bias.data.fill_(scores.mean())
+    if step == 1 and c.value_init == "score": self.model.v_head.summary.bias.data.fill_(scores.mean().item())
     if step == 1 and c.self_checks: self.refuse(self_checks(self.model, self.reference, rows, prompt_ids, response_ids, c))
     for group in self.optimizer.param_groups: group["lr"] = ppo_learning_rate(step, c)
     self.sampler.rest()
