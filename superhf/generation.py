@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Completion', 'StopRule', 'unfit', 'check_architecture', 'prefill', 'Batch', 'read_prompts', 'forward', 'propose_next',
            'take', 'Graphs', 'advance', 'decode_rows', 'is_out_of_memory', 'BatchSize', 'token_limit', 'check_room',
-           'NoEnd', 'check_vocabulary', 'check_decoding', 'Sampler', 'check_prompts', 'SamplingOptions',
-           'sampling_config', 'load_sampler', 'sample_all']
+           'NoEnd', 'check_decoding', 'Sampler', 'check_prompts', 'SamplingOptions', 'sampling_config', 'load_sampler',
+           'sample_all']
 
 # %% ../nbs/04_generation.ipynb #c0741247
 import logging, math, traceback
@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from .core import UserError, first_line, opt, patch
 from .drawing import SamplingConfig, penalize, propose, settle, token_probs, uniforms
 from .inference import RowLayer, SamplingCopy, decoding, fill_holes, for_sampling, sampling_dtype
+from .models import check_vocabulary
 
 # %% ../nbs/04_generation.ipynb #f9a81044
 @dataclass
@@ -306,12 +307,6 @@ class NoEnd:
     def complete(self, ids:list[int], stop:str, logprobs=None) -> Completion:
         "All ids as a completion that met the limit."
         return Completion(ids, self.tokenizer.decode(ids, skip_special_tokens=True).strip(), False, "length", logprobs, len(ids))
-
-# %% ../nbs/04_generation.ipynb #35b473e3
-def check_vocabulary(model, tokenizer):
-    "Refuse a tokenizer with ids that the model has no embedding for."
-    rows, last = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
-    if last >= rows: raise UserError(f"the tokenizer's token {tokenizer.convert_ids_to_tokens(last)!r} has the id {last}, and the model knows {rows} tokens; give its own tokenizer, or enlarge it with resize_token_embeddings")
 
 # %% ../nbs/04_generation.ipynb #b7f708f6
 @torch.no_grad()

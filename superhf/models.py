@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'DEMO_POLICY', 'TINY', 'SHAPES', 'as_dtype', 'in_format', 'pick_device', 'package_file', 'cache_dir',
            'write_beside', 'convert_gguf', 'demo_policy_dir', 'at_home', 'model_source', 'from_source', 'with_padding',
            'load_tokenizer', 'read_policy', 'load_policy', 'number_tokenizer', 'random_shape', 'random_policy',
-           'adapted_layers', 'add_lora', 'trainable', 'ready_policy']
+           'check_vocabulary', 'adapted_layers', 'add_lora', 'trainable', 'ready_policy']
 
 # %% ../nbs/03_models.ipynb #c59d97d4
 import importlib.util, os, shutil, tempfile
@@ -203,6 +203,12 @@ def random_policy(name:str, dtype:str="float32", device="cpu"):
     from transformers import AutoModelForCausalLM
     model = random_shape(name, AutoModelForCausalLM, dtype, device)
     return model, number_tokenizer(model.config.vocab_size)
+
+# %% ../nbs/03_models.ipynb #35b473e3
+def check_vocabulary(model, tokenizer):
+    "Refuse a tokenizer with ids that the model has no embedding for."
+    rows, last = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
+    if last >= rows: raise UserError(f"the tokenizer's token {tokenizer.convert_ids_to_tokens(last)!r} has the id {last}, and the model knows {rows} tokens; give its own tokenizer, or enlarge it with resize_token_embeddings")
 
 # %% ../nbs/03_models.ipynb #850c0185
 def adapted_layers(model) -> str|list[str]:

@@ -28,7 +28,9 @@ def takes_names(function) -> bool:
 # %% ../nbs/04a_reward_functions.ipynb #367b499a
 def waited(value):
     "A value, or what an async function will give, waited for in a thread: a notebook has a loop of its own running."
-    async def result(): return await value
+    async def result():
+        "What is waited for."
+        return await value
     if not inspect.isawaitable(value): return value
     with ThreadPoolExecutor(1) as pool: return pool.submit(asyncio.run, result()).result()
 
