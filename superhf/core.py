@@ -7,7 +7,7 @@ __all__ = ['UserError', 'first_line', 'Interrupted', 'tell', 'writable', 'patch'
            'check_config', 'unknown_option', 'config_from', 'option_groups', 'config_rows']
 
 # %% ../nbs/00_core.ipynb #0d9acd81
-import difflib, typing, sys
+import difflib, inspect, typing, sys
 from dataclasses import field, fields, MISSING
 from pathlib import Path
 
@@ -125,7 +125,7 @@ def option_groups(cls) -> dict:
     "The fields of a config class by the description of the class that declares them, its own before those that it inherits."
     left, groups = {f.name: f for f in fields(cls)}, {}
     for part in cls.__mro__:
-        if (own := [left.pop(name) for name in part.__dict__.get("__annotations__", {}) if name in left]): groups[part.__doc__.rstrip(".")] = own
+        if (own := [left.pop(name) for name in inspect.get_annotations(part) if name in left]): groups[part.__doc__.rstrip(".")] = own
     return groups
 
 # %% ../nbs/00_core.ipynb #394e8b76

@@ -267,6 +267,7 @@ def text_of(prompt,   # a text, or messages that end with the user's
            ) -> str:
     "The text of a prompt from Python."
     if isinstance(prompt, str): return prompt
+    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt      # messages of a pandas table from Parquet
     if isinstance(prompt, (list, tuple)) and all(isinstance(m, Mapping) for m in prompt): return conversation_text(prompt, where)
     raise UserError(f"{where} must be a text, or a row with a text under 'prompt', got {textwrap.shorten(repr(prompt), 80)}")
 

@@ -143,6 +143,7 @@ def save_model(run, trainer, card:str, weights:dict|None=None):
     "The final policy and tokenizer, loadable with `from_pretrained`, with card and curve; `weights` where the policy is in shards. Adapters are merged, and stand beside in `adapter/`."
     policy = trainer.policy
     if hasattr(policy, "merge_and_unload"):
+        shutil.rmtree(run.path/"adapter", ignore_errors=True)
         write_beside(run.path/"adapter", lambda folder: [part.save_pretrained(folder) for part in (policy, trainer.tokenizer)])
         policy = (copy.deepcopy(policy) if trainer.borrowed else policy).merge_and_unload()
     def write(folder):
@@ -257,7 +258,7 @@ def free_again(run, processes, resume=None):
     try: yield
     except UserError:
         if processes.first and not resume and not run.metrics.exists():
-            for path in (run.config, run.path/"held_out_before.jsonl"): path.unlink(missing_ok=True)
+            for path in (run.config, run.evaluations, run.path/"held_out_before.jsonl"): path.unlink(missing_ok=True)
         raise
 
 # %% ../nbs/11b_experiment.ipynb #a9b02973

@@ -180,7 +180,9 @@ def without_phrase(text:str, phrase:str) -> str:
     "The text with the phrase taken out, however it is spaced and capitalized; an ending (with …) is taken from the end alone."
     parts, ending = words(phrase.removeprefix("… ")), phrase.startswith("… ")
     kind = lambda part: r"[\w']" if re.match(r"[\w']", part) else r"[^\w\s']"     # no word out of another one, no mark out of a run of marks
-    pattern = f"(?<!{kind(parts[0])})" + r"\s*".join(map(re.escape, parts)) + f"(?!{kind(parts[-1])})" + r"\s*\Z"*ending
+    free = lambda part: re.match(f"[{UNSPACED}]", part)                            # such a character stands for itself
+    before, after = "" if free(parts[0]) else f"(?<!{kind(parts[0])})", "" if free(parts[-1]) else f"(?!{kind(parts[-1])})"
+    pattern = before + r"\s*".join(map(re.escape, parts)) + after + r"\s*\Z"*ending
     return " ".join(re.sub(pattern, " ", text, flags=re.I).split())
 
 # %% ../nbs/06a_gaming.ipynb #d4a36842

@@ -9,7 +9,7 @@ __all__ = ['DTYPES', 'DEMO_POLICY', 'TINY', 'SHAPES', 'as_dtype', 'in_format', '
            'check_vocabulary', 'adapted_layers', 'add_lora', 'trainable', 'ready_policy']
 
 # %% ../nbs/03_models.ipynb #c59d97d4
-import importlib.util, os, shutil, tempfile
+import importlib.util, json, os, shutil, tempfile
 from pathlib import Path
 import torch
 from .core import UserError, first_line
@@ -206,8 +206,11 @@ def random_policy(name:str, dtype:str="float32", device="cpu"):
 
 # %% ../nbs/03_models.ipynb #35b473e3
 def check_vocabulary(model, tokenizer):
-    "Refuse a tokenizer with ids that the model has no embedding for."
-    rows, last = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values(), default=0)
+    "Refuse a tokenizer with words that the model has no embedding for; special tokens that nothing uses may lie beyond."
+    try: known = tokenizer.get_vocab()
+    except (AttributeError, NotImplementedError): return
+    unused = set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
+    rows, last = model.get_input_embeddings().weight.shape[0], max(set(known.values()) - unused, default=0)
     if last >= rows: raise UserError(f"the tokenizer's token {tokenizer.convert_ids_to_tokens(last)!r} has the id {last}, and the model knows {rows} tokens; give its own tokenizer, or enlarge it with resize_token_embeddings")
 
 # %% ../nbs/03_models.ipynb #850c0185

@@ -135,13 +135,13 @@ def chat_format(tokenizer, # tokenizer with a chat template
                ) -> PromptFormat:
     "The format of the tokenizer's own chat template, with the turn tags found in it."
     ask, reply, again = "QUESTIONMARKER", "ANSWERMARKER", "AGAINMARKER"
-    cued, plain = chat_text(tokenizer, ask, cue=True, system=system), chat_text(tokenizer, ask, system=system)
+    cued, bare = (chat_text(tokenizer, ask, cue=True, system=s) for s in (system, ""))
     if cued.count(ask) != 1: raise UserError('the tokenizer\'s chat template does not show the question once; use the format "paper"')
     if system.strip() not in cued: raise UserError("the tokenizer's chat template does not show a system text; use a prompt format with {prompt} in it")
-    answered = chat_text(tokenizer, ask, reply, again, system=system).partition(ask)[2]
+    answered = chat_text(tokenizer, ask, reply, again).partition(ask)[2]           # the turns without the system text, which some templates put into one of them
     before, _, after = answered.partition(again)[0].partition(reply)
-    close = chat_text(tokenizer, ask, reply, system=system).partition(reply)[2]
-    assistant = cued.removeprefix(plain).strip()
+    close = chat_text(tokenizer, ask, reply).partition(reply)[2]
+    assistant = bare.removeprefix(chat_text(tokenizer, ask)).strip()
     tags = tuple(dict.fromkeys(t for t in (after.removeprefix(close).strip(), assistant) if t and ask not in t))
     return PromptFormat("chat", cued.replace(ask, "{prompt}"), tags, close, (before, after))
 
@@ -159,7 +159,7 @@ def with_chat_ends(format:PromptFormat, tokenizer) -> PromptFormat:
     if getattr(tokenizer, "chat_template", None) is None: return format
     try: chat = chat_format(tokenizer)
     except UserError: return format
-    return replace(format, tags=chat.tags, close=chat.close) if chat.tags and all(tag in format.template for tag in chat.tags) else format
+    return replace(format, tags=chat.tags, close=chat.close, between=chat.between) if chat.tags and all(tag in format.template for tag in chat.tags) else format
 
 # %% ../nbs/02_prompts.ipynb #5d2ccbad
 def get_format(spec:str="auto", # "auto", "paper", "chat", "chat: SYSTEM TEXT" or a template that holds {prompt}
@@ -169,7 +169,7 @@ def get_format(spec:str="auto", # "auto", "paper", "chat", "chat: SYSTEM TEXT" o
     has_chat = getattr(tokenizer, "chat_template", None) is not None
     if spec == "auto": spec = "chat" if has_chat else "paper"
     if spec == "paper": return PromptFormat("paper", PAPER_TEMPLATE, role_tags(PAPER_TEMPLATE))
-    kind, _, system = spec.partition(":")
+    kind, _, system = spec.partition(":") if "{prompt}" not in spec else (spec, "", "")
     if kind == "chat" and not has_chat: raise UserError('prompt format "chat" needs a tokenizer with a chat template, and this one has none; use "paper"')
     if kind == "chat": return chat_format(tokenizer, system.strip())
     if "{" in spec: return with_chat_ends(template_format(spec), tokenizer)

@@ -133,16 +133,22 @@ def column_values(table,      # a pyarrow table
         if key not in names: raise UserError(f"{where}:1: no column {column!r}; there is {', '.join(names) or 'none'}")
         values = table.column(key) if values is None else pc.struct_field(values, key)
         names = [f.name for f in values.type] if pa.types.is_struct(values.type) else []
-    items = getattr(values.type, "value_type", None)
-    if items and pa.types.is_struct(items) and {"role", "content"} <= {f.name for f in items}: return [conversation_text(v, where) for v in values.to_pylist()]
+    items, as_json = getattr(values.type, "value_type", None), lambda kind: str(kind) == "extension<arrow.json>"
+    if items and as_json(items): return [conversation_text(v and [json.loads(m) for m in v], where) for v in values.to_pylist()]
+    if items and pa.types.is_struct(items) and {"role", "content"} <= {f.name for f in items}:
+        coded = [f.name for f in items if as_json(f.type)]
+        return [conversation_text(v and [m | {k: json.loads(m[k]) for k in coded if m[k] is not None} for m in v], where) for v in values.to_pylist()]
     if pa.types.is_nested(values.type): raise UserError(f"{where}:1: column {column!r} holds {values.type}, not text")
     return [v if v is None or isinstance(v, str) else str(v) for v in values.to_pylist()]
 
 # %% ../nbs/00_reading.ipynb #dc4b1477
-def as_text(value:str|None) -> str|None:
-    "A value that is written as JSON, as a text; what is no text stays as it is written."
+def as_text(value:str|None,
+            where:str="a row" # how errors call it
+           ) -> str|None:
+    "A value that is written as JSON, as a text; messages as theirs; what else is no text stays as it is written."
     if value is None: return None
     found = json.loads(value)
+    if isinstance(found, list) and found and all(isinstance(m, dict) and "role" in m for m in found): return conversation_text(found, where)
     return found if found is None or isinstance(found, str) else value
 
 # %% ../nbs/00_reading.ipynb #7c68008e
@@ -154,7 +160,7 @@ def dataset_rows(dataset,      # a datasets.Dataset
     "Yield a tuple of values for every row of a dataset, a thousand rows at a time in memory."
     for c in columns: column_values(dataset.data.table.slice(0, 0), c, where)
     mixed = {c for c in (*columns, *others) if type(dataset.features.get(c)).__name__ == "Json"}     # texts beside other values are kept as JSON
-    texts = lambda table, c: map(as_text, column_values(table, c, where)) if c in mixed else column_values(table, c, where)
+    texts = lambda table, c: (as_text(v, where) for v in column_values(table, c, where)) if c in mixed else column_values(table, c, where)
     values = lambda table, c: [json.loads(v) if v and c in mixed else v for v in table.column(c).to_pylist()]
     for table in dataset.with_format("arrow").iter(batch_size=1000):
         table.validate(full=True)

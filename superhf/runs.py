@@ -355,7 +355,7 @@ class RunLoop(RunKeeper):
             while self.step < T and not self.stopped:
                 before, self.touched = copy.deepcopy(self.state()), False
                 try: record, samples = self.superbatch(self.step + 1)
-                except UserError as e: raise self.saved_before(e, before) from e
+                except Exception as e: raise self.saved_before(e, before) from e
                 self.step += 1
                 records.append(record)
                 self.after(record, samples, self.processes.any(bool(asked)))
@@ -368,7 +368,9 @@ class RunLoop(RunKeeper):
         "What follows a superbatch: records, evaluation, checkpoint; and the end of the run where it is due."
         self.skips = self.skips + 1 if record.get("skipped") else 0
         self.write(record, samples)
-        if self.evaluation and self.option("evaluate_every") and self.step % self.config.evaluate_every == 0: self.evaluate()
+        if self.evaluation and self.option("evaluate_every") and self.step % self.config.evaluate_every == 0:
+            try: self.evaluate()
+            except Exception as e: raise self.saved_before(e, self.state(), untouched=True) from e
         budget = self.option("max_tokens")
         if budget and self.tokens >= budget and not self.stopped: self.stopped = f"{self.tokens} tokens are sampled, and max_tokens is {budget}"
         last, every = self.step == self.config.superbatches, self.config.checkpoint_every
@@ -382,13 +384,18 @@ class RunLoop(RunKeeper):
 
 # %% ../nbs/07_runs.ipynb #ff5db6b3
 @patch
-def saved_before(self:RunLoop, error, before:dict # the state before the superbatch
-                ) -> UserError:
-    "The error of a superbatch that failed; what was done before it is saved where it still stands."
-    if not self.run or not self.step or self.touched or self.processes.size > 1: return error
+def saved_before(self:RunLoop, error,
+                 before:dict,         # the state before what failed
+                 untouched:bool=False # whether the policy is surely as it was then
+                ) -> Exception:
+    "The error to raise where a superbatch or an evaluation failed; what was done before it is saved where it still stands."
+    if not self.run or not self.step or (self.touched and not untouched) or self.processes.size > 1: return error
     vars(self).update(before)
     self.save()
-    return UserError(f"{error}; the {self.step} superbatches before are saved, --resume {self.run.path} goes on from there")
+    done = f"superbatches 1 to {self.step} are saved, --resume {self.run.path} goes on from there"
+    if isinstance(error, UserError): return UserError(f"{error}; {done}")
+    logging.getLogger("superhf").warning(done)
+    return error
 
 # %% ../nbs/07_runs.ipynb #e03943bd
 @patch

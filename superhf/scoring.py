@@ -30,7 +30,8 @@ def reward_name(reward) -> str:
 def as_scores(values, n:int, name:str) -> torch.Tensor:
     "The result of a reward model as float32 `[n]` on the CPU, None as NaN; `UserError` where it is anything else."
     try:
-        if not isinstance(values, (str, torch.Tensor)) and hasattr(values, "__iter__"): values = [math.nan if v is None else v for v in values]
+        if isinstance(values, (str, bytes, dict, set)): raise TypeError("no list of numbers")
+        if not isinstance(values, torch.Tensor) and hasattr(values, "__iter__"): values = [math.nan if v is None else v for v in values]
         scores = torch.as_tensor(values).detach().to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError) as e:
         raise UserError(f"reward function {name} must return one number for each completion, got {type(values).__name__}: {e}") from e
