@@ -171,6 +171,6 @@ def get_format(spec:str="auto", # "auto", "paper", "chat", "chat: SYSTEM TEXT" o
     if spec == "paper": return PromptFormat("paper", PAPER_TEMPLATE, role_tags(PAPER_TEMPLATE))
     kind, _, system = spec.partition(":") if "{prompt}" not in spec else (spec, "", "")
     if kind == "chat" and not has_chat: raise UserError('prompt format "chat" needs a tokenizer with a chat template, and this one has none; use "paper"')
-    if kind == "chat": return chat_format(tokenizer, system.strip())
+    if kind == "chat": return chat_format(tokenizer, system.strip().replace("\\n", "\n"))
     if "{" in spec: return with_chat_ends(template_format(spec), tokenizer)
     raise UserError(f'unknown prompt format {spec!r}; give "auto", "paper", "chat", "chat: SYSTEM TEXT" or a template that holds {{prompt}}')

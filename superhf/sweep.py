@@ -19,7 +19,7 @@ from .runs import read_lines
 @dataclass
 class SweepConfig:
     "Options of `superhf sweep`."
-    file: str = opt("", "YAML file that says what to run, or one that comes along: paper-ppo (nine runs that cover what section 4.3 tried), demo-seeds, demo-ppo")
+    file: str = opt("", "YAML file that says what to run, or one that comes along: paper-ppo (nine runs that cover what section 4.3 tried), demo-seeds, demo-top-k, demo-ppo")
     processes: int = opt(1, "runs at the same time", low=1)
     dry_run: bool = opt(False, "only say what would be run")
 
