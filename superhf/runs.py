@@ -348,7 +348,7 @@ class RunLoop(RunKeeper):
     def train(self, progress:bool=True) -> list[dict]:
         "All superbatches that are left; gives their records."
         records, T = [], self.config.superbatches
-        if self.run and not self.run.config.exists(): raise UserError(f"there is no run in {str(self.run.path)!r}: make it with RunFolder(...).create(config)")
+        if self.run and self.processes.first and not self.run.config.exists(): raise UserError(f"there is no run in {str(self.run.path)!r}: make it with RunFolder(...).create(config)")
         if self.option("evaluate_every") and not self.evaluation: logging.getLogger("superhf").warning("evaluate_every does nothing here, for no prompts are held out; superhf.experiment.run_method holds some out")
         if self.option("evaluate_every") and self.evaluation and self.step == 0: self.look()
         with interrupts(self.processes.size == 1) as asked, tqdm(total=T, initial=self.step, disable=not (progress and self.processes.first), unit="superbatch", dynamic_ncols=True) as bar:
