@@ -110,9 +110,6 @@ def parse(command:Command, argv:list[str]) -> tuple:
     except (argparse.ArgumentError, TypeError) as e: raise UserError(say(e, command.config)) from e
     values = {f.name: getattr(asked, f.name) for f in fields(command.config) if hasattr(asked, f.name)}
     config = config_from(command.config, values)
-    if resume:
-        from superhf.runs import RunFolder, refuse_changes
-        refuse_changes(RunFolder(resume), values)
     return config, name, resume
 
 # %% ../nbs/12_cli.ipynb #e382dcd7

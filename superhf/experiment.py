@@ -184,9 +184,6 @@ def open_run(path:str, config, preset, resume, processes,
         except UserError as e: wrong = str(e)
     if processes.first and resume and run.read_config().get("prompts_sha256", prompts) != prompts:
         wrong = f"cannot resume {str(path)!r}: {config.prompts} does not hold the prompts that the run was started with"
-    if processes.first and resume and not wrong:
-        try: refuse_changes(run, asdict(config))
-        except UserError as e: wrong = str(e)
     wrong = "".join(processes.gather([wrong]))
     if wrong: raise UserError(wrong)
     return run
@@ -267,9 +264,10 @@ def run_method(Trainer,      # SuperHFTrainer or PPOTrainer
                preset=None,  # name of the preset that the config came from, for the record
                resume=None,  # run folder to go on with
                **given):     # instead of what the config names: policy and tokenizer, reward_model, validation_reward_model (callables or names), prompts
-    "A training run of either method on its run folder, with held-out prompts sampled before and after."
+    "A training run of either method on its run folder, with held-out prompts sampled before and after; gives the trainer, or None where the run was finished."
     config = named(config, **{part: x for part, x in given.items() if part != "tokenizer"})
     processes, names, run = start_processes(), tracker_names(config.track), RunFolder(resume or config.output_dir)
+    if resume: refuse_changes(run, asdict(config))
     if resume and is_finished(run, config.superbatches): return tell(f"{run.path} is finished; its model is in {run.model}") if processes.first else None
     check_push(config.push_to_hub)
     if not resume and processes.first: run.check_free()

@@ -208,7 +208,7 @@ def random_policy(name:str, dtype:str="float32", device="cpu"):
 def check_vocabulary(model, tokenizer):
     "Refuse a tokenizer with words that the model has no embedding for; special tokens that nothing uses may lie beyond."
     try: known = tokenizer.get_vocab()
-    except (AttributeError, NotImplementedError): return
+    except NotImplementedError: known = {}        # one that keeps no list of its words
     unused = set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
     rows, last = model.get_input_embeddings().weight.shape[0], max(set(known.values()) - unused, default=0)
     if last >= rows: raise UserError(f"the tokenizer's token {tokenizer.convert_ids_to_tokens(last)!r} has the id {last}, and the model knows {rows} tokens; give its own tokenizer, or enlarge it with resize_token_embeddings")

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import UserError
-from .reading import file_kind
+from .reading import content_text, file_kind
 from .scoring import call_reward, reward_name
 from .statistics import wilson
 
@@ -71,9 +71,10 @@ def dialogue_of(messages) -> str:
     "Messages with role and content as an HH dialogue; empty where they are none."
     names, text, first = dict(user="Human", assistant="Assistant"), "", ""
     for m in messages:
-        if not isinstance(m, dict) or not isinstance(m.get("content"), str) or m.get("role") not in ("system", *names): return ""
-        if m["role"] == "system": first = m["content"] + "\n\n"; continue
-        text, first = text + f"\n\n{names[m['role']]}: {first}{m['content']}", ""
+        said = content_text(m.get("content")) if isinstance(m, dict) else None
+        if said is None or m.get("role") not in ("system", *names): return ""
+        if m["role"] == "system": first = said + "\n\n"; continue
+        text, first = text + f"\n\n{names[m['role']]}: {first}{said}", ""
     return text
 
 def as_dialogue(side,        # chosen or rejected: an HH dialogue, messages, or an answer
