@@ -294,7 +294,9 @@ def watch_for_gaming(run, metrics:list[dict], reward) -> str:
 def weights_note(trainer) -> str:
     "Whose weights the model has, where they are not those of the last superbatch."
     best = trainer.best["step"] if trainer.best and trainer.config.stop_on == "held-out" else trainer.step
-    return f"The weights are those of superbatch {best} of {trainer.step}, the best on the held-out prompts; on these the change is a little too good, for they chose it." if best < trainer.step else ""
+    if best == trainer.step: return ""
+    if best == 0: return f"The weights are the starting policy's: none of {trainer.step} superbatches was better on the held-out prompts."
+    return f"The weights are those of superbatch {best} of {trainer.step}, the best on the held-out prompts; on these the change is a little too good, for they chose it."
 
 # %% ../nbs/11b_experiment.ipynb #bae42066
 def skipped_note(metrics:list[dict]) -> str:

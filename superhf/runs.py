@@ -350,7 +350,7 @@ class RunLoop(RunKeeper):
         records, T = [], self.config.superbatches
         if self.run and self.processes.first and not self.run.config.exists(): raise UserError(f"there is no run in {str(self.run.path)!r}: make it with RunFolder(...).create(config)")
         if self.option("evaluate_every") and not self.evaluation: logging.getLogger("superhf").warning("evaluate_every does nothing here, for no prompts are held out; superhf.experiment.run_method holds some out")
-        if self.option("evaluate_every") and self.evaluation and self.step == 0: self.look()
+        if self.option("evaluate_every") and self.evaluation and self.step == 0: self.look_first()
         with interrupts(self.processes.size == 1) as asked, tqdm(total=T, initial=self.step, disable=not (progress and self.processes.first), unit="superbatch", dynamic_ncols=True) as bar:
             while self.step < T and not self.stopped:
                 before, self.touched = copy.deepcopy(self.state()), False
@@ -407,6 +407,15 @@ def look(self:RunLoop) -> dict:
     self.tell_trackers({f"held_out/{k}": v for k, v in record.items() if k != "step"})
     return record
 
+# %% ../nbs/07_runs.ipynb #8048439f
+@patch
+def look_first(self:RunLoop):
+    "Look at the held-out prompts before the first superbatch; with `stop_on` held-out the starting policy is kept, as the one to beat."
+    value = self.look()["value"]
+    if self.option("stop_on", "none") != "held-out" or value is None or not math.isfinite(value): return
+    self.best = dict(step=0, value=value)
+    if self.run: self.save()
+
 # %% ../nbs/07_runs.ipynb #9ed2263a
 @patch
 def evaluate(self:RunLoop):
@@ -416,4 +425,5 @@ def evaluate(self:RunLoop):
     if known and (self.best is None or value > self.best["value"]): self.best, self.stale = dict(step=self.step, value=value), 0
     else: self.stale += 1
     if self.option("stop_on", "none") == "held-out" and self.stale >= self.option("patience", 3):
-        self.stopped = f"held-out reward has not risen since superbatch {self.best['step']}" if self.best else "held-out reward is not a number"
+        since = f"since superbatch {self.best['step']}" if self.best and self.best["step"] else "above the starting policy's"
+        self.stopped = f"held-out reward has not risen {since}" if self.best else "held-out reward is not a number"
