@@ -256,6 +256,7 @@ def free_again(run, processes, resume=None):
     except UserError:
         if processes.first and not resume and not run.metrics.exists():
             for path in (run.config, run.evaluations, run.path/"held_out_before.jsonl"): path.unlink(missing_ok=True)
+            shutil.rmtree(run.checkpoints, ignore_errors=True)      # that of the starting policy
         raise
 
 # %% ../nbs/11b_experiment.ipynb #a9b02973

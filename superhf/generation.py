@@ -15,7 +15,7 @@ import numpy as np, torch
 from transformers.cache_utils import Cache
 from .core import UserError, first_line, opt, patch
 from .drawing import SamplingConfig, penalize, propose, settle, token_probs, uniforms
-from .inference import RowLayer, SamplingCopy, decoding, fill_holes, for_sampling, sampling_dtype
+from .inference import RowLayer, copy_to_follow, decoding, fill_holes, for_sampling, sampling_dtype
 from .models import check_vocabulary
 
 # %% ../nbs/04_generation.ipynb #f9a81044
@@ -70,6 +70,7 @@ def check_architecture(model):
     if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False): raise unfit(model, "uses ALiBi")
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     if {"linear_attention", "mamba"} & set(kinds): raise unfit(model, "does not keep keys and values in every layer")
+    if any(c.is_prompt_learning for c in getattr(model, "peft_config", {}).values()): raise UserError("the policy's adapter puts tokens of its own before the prompt, and cannot be sampled here; give it one that changes layers, as LoRA")
 
 # %% ../nbs/04_generation.ipynb #962f034a
 def prefill(model, ids:list[int]) -> tuple:
@@ -335,12 +336,11 @@ class Sampler:
         check_vocabulary(policy, tokenizer)
         check_decoding(policy, tokenizer)
         self.policy, self.tokenizer, self.format, self.config = policy, tokenizer, format, config
-        generation = getattr(policy, "generation_config", None)
-        eos = getattr(generation, "eos_token_id", None)
+        eos = getattr(getattr(policy, "generation_config", None), "eos_token_id", None)
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
         self.rule, self.batches, self.batch = StopRule(tokenizer, format, eos), BatchSize(batch_size, "sampling"), None
         dtype = sampling_dtype(dtype, policy)
-        self.copy = SamplingCopy(policy, dtype) if apart or dtype != policy.dtype else None
+        self.copy = copy_to_follow(policy, dtype) if apart or dtype != policy.dtype else None
 
 # %% ../nbs/04_generation.ipynb #b7944057
 @patch

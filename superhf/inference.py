@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['SAME_INPUT', 'RowLayer', 'fill_holes', 'decode_attention', 'register_attention', 'decoding', 'Packed', 'PackedLinear',
-           'pack_linears', 'acting', 'whole', 'can_pack', 'for_sampling', 'SamplingCopy', 'native_bfloat16',
-           'multiplies_in_bfloat16', 'sampling_dtype']
+           'pack_linears', 'acting', 'adds_up', 'without_wrapper', 'check_sums', 'whole', 'can_pack', 'for_sampling',
+           'SamplingCopy', 'copy_to_follow', 'native_bfloat16', 'multiplies_in_bfloat16', 'sampling_dtype']
 
 # %% ../nbs/03b_inference.ipynb #a43ac6a3
-import copy, functools
+import copy, functools, math
 from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin
+from transformers.pytorch_utils import Conv1D
+from .core import UserError
 from .models import in_format
 
 # %% ../nbs/03b_inference.ipynb #5c7961a5
@@ -148,6 +150,35 @@ def acting(layer:nn.Module, leaf:str) -> torch.Tensor:
         for adapter in layer.active_adapters: value = value + layer.get_delta_weight(adapter)
     return value
 
+# %% ../nbs/03b_inference.ipynb #15d7d070
+@torch.no_grad()
+def adds_up(layer:nn.Module) -> bool: # an adapted layer
+    "Whether an adapter is a sum of its layer's weight and something learned: whether the layer does what its acting weight does."
+    if not isinstance(layer.base_layer, (nn.Linear, nn.Embedding, Conv1D)) or not hasattr(layer, "get_delta_weight"): return False
+    shaken, waves = copy.deepcopy(layer).float(), lambda *shape: torch.arange(math.prod(shape), device=layer.base_layer.weight.device).cos().view(shape)
+    for name, p in shaken.named_parameters():
+        if not name.startswith("base_layer."): p.add_(0.1*waves(*p.shape))
+    plain = copy.deepcopy(shaken.base_layer)
+    if any(shaken.get_delta_weight(a).shape != plain.weight.shape for a in layer.active_adapters): return False
+    plain.weight.data = acting(shaken, "weight")
+    rows, width = plain.weight.shape
+    x = torch.arange(2, device=plain.weight.device) if isinstance(plain, nn.Embedding) else waves(2, rows if isinstance(plain, Conv1D) else width)
+    return torch.allclose(shaken(x), plain(x), rtol=1e-3, atol=1e-3)
+
+# %% ../nbs/03b_inference.ipynb #acce578c
+def without_wrapper(policy) -> nn.Module:
+    "The model that adapters were put on."
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+def check_sums(policy, merged:nn.Module): # the policy, and a copy of it that has no adapters
+    "Refuse adapters that are no sum, so that a copy cannot follow them; one layer of each type is tried."
+    base, tried = without_wrapper(policy), set()
+    for path, _ in merged.named_modules():
+        layer = base.get_submodule(path)
+        if not hasattr(layer, "base_layer") or type(layer) in tried: continue
+        tried.add(type(layer))
+        if not adds_up(layer): raise UserError(f"the adapter on {path} is no sum of its layer's weight and something learned (LoRA and LoHa are, DoRA, OFT and IA3 are not), so a copy to sample from cannot follow it: set sampling_dtype to policy")
+
 # %% ../nbs/03b_inference.ipynb #9c4cd783
 def whole(x:torch.Tensor) -> torch.Tensor:
     "A tensor in full; one in shards is brought together, by all processes at once."
@@ -184,13 +215,20 @@ class SamplingCopy:
     @torch.no_grad()
     def refresh(self, policy):
         "Take over the policy's weights as they are now."
-        base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+        base = without_wrapper(policy)
         now = lambda path, leaf: whole(acting(base.get_submodule(path), leaf))
         cast = lambda x: None if x is None else x.to(self.model.dtype)
         for pack in self.packs: pack.put(*([cast(now(path, leaf)) for path in pack.paths] for leaf in ("weight", "bias")))
         for path, layer in self.model.named_modules():
             for leaf, p in layer.named_parameters(recurse=False): p.copy_(now(path, leaf))
         return self.model
+
+# %% ../nbs/03b_inference.ipynb #e6051c9a
+def copy_to_follow(policy, dtype:torch.dtype) -> SamplingCopy:
+    "A copy that follows a policy in training; adapters that it could not follow are refused."
+    follower = SamplingCopy(policy, dtype)
+    check_sums(policy, follower.model)
+    return follower
 
 # %% ../nbs/03b_inference.ipynb #1cc8023d
 def native_bfloat16(device) -> bool:

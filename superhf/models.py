@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'DEMO_POLICY', 'TINY', 'SHAPES', 'as_dtype', 'in_format', 'pick_device', 'package_file', 'cache_dir',
            'write_beside', 'convert_gguf', 'demo_policy_dir', 'at_home', 'model_source', 'from_source', 'with_padding',
            'load_tokenizer', 'read_policy', 'load_policy', 'number_tokenizer', 'random_shape', 'random_policy',
-           'check_vocabulary', 'adapted_layers', 'add_lora', 'trainable', 'foreign_adapter', 'ready_policy']
+           'check_vocabulary', 'adapted_layers', 'add_lora', 'trainable', 'ready_policy']
 
 # %% ../nbs/03_models.ipynb #c59d97d4
 import importlib.util, json, os, shutil, tempfile
@@ -234,18 +234,10 @@ def trainable(model) -> list[torch.nn.Parameter]:
     "The parameters that an optimizer should move."
     return [p for p in model.parameters() if p.requires_grad]
 
-# %% ../nbs/03_models.ipynb #137208fe
-def foreign_adapter(policy) -> str:
-    "The kind of an adapter that is no sum of its layer's weight and something learned, as prompt tuning and IA3; nothing where there is none."
-    for c in getattr(policy, "peft_config", {}).values():
-        if c.is_prompt_learning or not all(hasattr(m, "get_delta_weight") for m in policy.modules() if hasattr(m, "base_layer")): return getattr(c.peft_type, "value", str(c.peft_type))
-    return ""
-
 # %% ../nbs/03_models.ipynb #6723e312
 def ready_policy(policy, lora_rank:int=0, seed:int=0):
     "The policy as every method trains it: without dropout, with adapters where they are asked for; one that cannot be trained is refused."
     if lora_rank and hasattr(policy, "peft_config"): raise UserError("the policy has adapters of its own: train these with lora_rank 0, or give it merged, policy.merge_and_unload()")
-    if (kind := foreign_adapter(policy)): raise UserError(f"the policy has an adapter of the kind {kind}, which does not add to weights; give it one that does, as LoRA or LoHa, or train all its weights")
     policy = add_lora(policy, lora_rank, seed=seed) if lora_rank else policy.eval()
     formats = {p.dtype for p in trainable(policy)}
     if not formats: raise UserError("no weight of the policy may change: give it with requires_grad_(), adapters with is_trainable=True, or set lora_rank")
