@@ -52,7 +52,7 @@ class RewardTrainingConfig:
     ranking_weight: float = opt(2.0, "weight of the ranking loss within a prompt", low=0)
     pair_weight: float = opt(1.0, "weight of the Bradley-Terry loss on human pairs", low=0)
     clip: float = opt(1.0, "largest norm of the gradient", above=0)
-    seed: int = opt(0, "of the order of the rows; adapters start the same whatever it is", low=0)
+    seed: int = opt(0, "of the order of the rows and of the adapters' start", low=0)
     dtype: str = opt("auto", "number format of the matrix products in training: auto takes bfloat16 where it is native", choices=["auto", "float32", "bfloat16"])
     device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
     evaluate_every: int = opt(300, "steps between validations; 0 = only at the end", low=0)
@@ -168,7 +168,7 @@ def add_adapters(model, rank:int, alpha:float):
 def new_student(config:RewardTrainingConfig, scores) -> tuple:
     "The model to be trained, its tokenizer and its way of encoding."
     config = settled(config)
-    torch.manual_seed(0)    # one start for every seed: the weights of several trainings can be averaged
+    torch.manual_seed(config.seed)
     has = len(scores) > 1
     settings = RewardSettings(config.encoder, config.pooling, config.template, config.max_length,
                               offset=float(np.mean(scores)) if has else 0.0, scale=float(np.std(scores)) or 1.0 if has else 1.0)
@@ -379,7 +379,7 @@ def train_reward(config:RewardTrainingConfig) -> dict:
 
 # %% ../nbs/10_reward_modelling.ipynb #5d79ac33
 REWARD_PRESETS = {"demo": dict(score_column="rm_train", train_low=0.08, train_high=0.54, batch_rows=64, learning_rate=8e-4, steps=1800, decay_steps=1770),
-                  "demo-heldout": dict(score_column="rm_test", train_low=0.54, train_high=1.0, keep="best")}
+                  "demo-heldout": dict(score_column="rm_test", train_low=0.54, train_high=1.0)}
 
 # %% ../nbs/10_reward_modelling.ipynb #fa1f7bac
 def reward_preset(name:str,                     # "demo" or "demo-heldout"
