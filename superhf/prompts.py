@@ -10,7 +10,7 @@ __all__ = ['SYSTEM_SENTENCE', 'PAPER_TEMPLATE', 'HH_TURNS', 'role_tags', 'stop_p
 # %% ../nbs/02_prompts.ipynb #6cd3444b
 import re
 from dataclasses import dataclass, field, replace
-from .core import UserError
+from .core import UserError, patch
 
 # %% ../nbs/02_prompts.ipynb #32cf4809
 SYSTEM_SENTENCE = ("A human user asks a question or says a statement, and a helpful, polite, honest, sophisticated, "
@@ -95,28 +95,35 @@ class PromptFormat:
         if self.name != "chat": return encode_text(self.text(prompt), tokenizer)
         return list(tokenizer(self.text(prompt), add_special_tokens=False)["input_ids"])
 
-    def may_stop(self, piece:str) -> bool:
-        "Whether the newly sampled `piece` of text could complete a role tag; if not, `find_stop` need not be asked."
-        return any(end in piece for end in self.tag_ends)
+# %% ../nbs/02_prompts.ipynb #2bba1159
+@patch
+def may_stop(self:PromptFormat, piece:str) -> bool:
+    "Whether the newly sampled `piece` of text could complete a role tag; if not, `find_stop` need not be asked."
+    return any(end in piece for end in self.tag_ends)
 
-    def find_stop(self, completion:str) -> int|None:
-        "Character offset where a line-initial role tag begins; None if there is none (details 4)."
-        match = self._stop.search(completion) if self._stop else None
-        return match.start(1) if match else None
+@patch
+def find_stop(self:PromptFormat, completion:str) -> int|None:
+    "Character offset where a line-initial role tag begins; None if there is none (details 4)."
+    match = self._stop.search(completion) if self._stop else None
+    return match.start(1) if match else None
 
-    def answer(self, completion:str) -> str:
-        "The completion up to its first role tag, without blanks around it: what is scored."
-        return completion[:self.find_stop(completion)].strip()
+@patch
+def answer(self:PromptFormat, completion:str) -> str:
+    "The completion up to its first role tag, without blanks around it: what is scored."
+    return completion[:self.find_stop(completion)].strip()
 
-    def end_ids(self, tokenizer) -> list[int]:
-        "Ids that close a complete answer: EOS, and the first special token after an answer in the chat template."
-        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return list(dict.fromkeys(eos + special_ids(self.close, tokenizer)[:1]))
+# %% ../nbs/02_prompts.ipynb #bd782058
+@patch
+def end_ids(self:PromptFormat, tokenizer) -> list[int]:
+    "Ids that close a complete answer: EOS, and the first special token after an answer in the chat template."
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys(eos + special_ids(self.close, tokenizer)[:1]))
 
-    def turn_ids(self, tokenizer) -> list[int]:
-        "Ids of special tokens that open another turn: sampled, they end the completion like a role tag (details 4)."
-        opening = [i for tag in self.tags for i in special_ids(tag, tokenizer)[:1]]
-        return [i for i in dict.fromkeys(opening) if i not in self.end_ids(tokenizer)]
+@patch
+def turn_ids(self:PromptFormat, tokenizer) -> list[int]:
+    "Ids of special tokens that open another turn: sampled, they end the completion like a role tag (details 4)."
+    opening = [i for tag in self.tags for i in special_ids(tag, tokenizer)[:1]]
+    return [i for i in dict.fromkeys(opening) if i not in self.end_ids(tokenizer)]
 
 # %% ../nbs/02_prompts.ipynb #511075dd
 def chat_text(tokenizer, # tokenizer with a chat template

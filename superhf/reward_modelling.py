@@ -233,38 +233,46 @@ class Student:
                                            betas=(0.9, 0.98), weight_decay=0.0)
         self.step, self.history, self.best, self.stale, self.losses, self.seconds = 0, [], None, 0, [], 0.0
 
-    def weights(self) -> dict:
-        "The trained weights by name."
-        return {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+# %% ../nbs/10_reward_modelling.ipynb #e9b3d052
+@patch
+def weights(self:Student) -> dict:
+    "The trained weights by name."
+    return {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
 
-    def put(self, weights:dict):
-        "Set the trained weights."
-        mine = dict(self.model.named_parameters())
-        for name, value in weights.items(): mine[name].data.copy_(value)
+@patch
+def put(self:Student, weights:dict):
+    "Set the trained weights."
+    mine = dict(self.model.named_parameters())
+    for name, value in weights.items(): mine[name].data.copy_(value)
 
-    def start(self):
-        "An empty folder to train in: what an earlier training left there is forgotten."
-        try: self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise UserError(f"cannot make the folder {str(self.folder)!r}: {e.strerror}; name another --output-dir") from e
-        for name in ("checkpoint.pt", "metrics.jsonl", "training.json"): (self.folder/name).unlink(missing_ok=True)
+# %% ../nbs/10_reward_modelling.ipynb #4e0ecca2
+@patch
+def save(self:Student):
+    "Write a checkpoint beside the old one and rename it."
+    kept = {k: getattr(self, k) for k in ("step", "history", "best", "stale", "losses", "seconds")}
+    torch.save(kept | dict(config=asdict(self.config), weights=self.weights(), optimizer=self.optimizer.state_dict()), self.folder/"checkpoint.tmp")
+    (self.folder/"checkpoint.tmp").rename(self.folder/"checkpoint.pt")
 
-    def save(self):
-        "Write a checkpoint beside the old one and rename it."
-        kept = {k: getattr(self, k) for k in ("step", "history", "best", "stale", "losses", "seconds")}
-        torch.save(kept | dict(config=asdict(self.config), weights=self.weights(), optimizer=self.optimizer.state_dict()), self.folder/"checkpoint.tmp")
-        (self.folder/"checkpoint.tmp").rename(self.folder/"checkpoint.pt")
+# %% ../nbs/10_reward_modelling.ipynb #05787e82
+@patch
+def start(self:Student):
+    "An empty folder to train in: what an earlier training left there is forgotten."
+    try: self.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f"cannot make the folder {str(self.folder)!r}: {e.strerror}; name another --output-dir") from e
+    for name in ("checkpoint.pt", "metrics.jsonl", "training.json"): (self.folder/name).unlink(missing_ok=True)
 
-    def load(self):
-        "Go back to the last checkpoint; where there is none, start."
-        if not (self.folder/"checkpoint.pt").exists(): return self.start()
-        try: state = torch.load(self.folder/"checkpoint.pt", weights_only=True, map_location="cpu")
-        except Exception as e: raise UserError(f"{self.folder}/checkpoint.pt is damaged ({type(e).__name__}); start anew without resume") from e     # torch fails in many ways
-        changed = [k for k, v in asdict(self.config).items() if k not in self.may_change and state["config"].get(k) != v]
-        if changed: raise UserError(f"cannot resume {str(self.folder)!r} with another {', '.join(changed)}; the run has " + ", ".join(f"{k} {state['config'].get(k)!r}" for k in changed))
-        self.put(state.pop("weights"))
-        self.optimizer.load_state_dict(state.pop("optimizer"))
-        del state["config"]
-        vars(self).update(state)
+@patch
+def load(self:Student):
+    "Go back to the last checkpoint; where there is none, start."
+    if not (self.folder/"checkpoint.pt").exists(): return self.start()
+    try: state = torch.load(self.folder/"checkpoint.pt", weights_only=True, map_location="cpu")
+    except Exception as e: raise UserError(f"{self.folder}/checkpoint.pt is damaged ({type(e).__name__}); start anew without resume") from e     # torch fails in many ways
+    changed = [k for k, v in asdict(self.config).items() if k not in self.may_change and state["config"].get(k) != v]
+    if changed: raise UserError(f"cannot resume {str(self.folder)!r} with another {', '.join(changed)}; the run has " + ", ".join(f"{k} {state['config'].get(k)!r}" for k in changed))
+    self.put(state.pop("weights"))
+    self.optimizer.load_state_dict(state.pop("optimizer"))
+    del state["config"]
+    vars(self).update(state)
 
 # %% ../nbs/10_reward_modelling.ipynb #2986ddb9
 class RewardTrainer(Student):

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from .core import UserError, check_config, first_line, opt, writable
+from .core import UserError, check_config, first_line, opt, patch, writable
 from .generation import BatchSize, is_out_of_memory
 from .models import pick_device
 from .reading import file_kind, is_utf8, read_file
@@ -180,26 +180,32 @@ class Scorer:
         "Show the rows of prompts to those reward models that need their columns."
         for r in self.rewards: teach(r, rows)
 
-    def judge(self, prompts:list, completions:list) -> torch.Tensor:
-        "Scores of every reward model for distinct pairs, `[models, n]`; counts cut rows."
-        before = sum(getattr(r, "truncated", 0) for r in self.rewards)
-        parts = [scored_in_batches(r, prompts, completions, self.batches) for r in self.rewards]
-        self.report["truncated"] = sum(getattr(r, "truncated", 0) for r in self.rewards) - before
-        return torch.stack(parts)
+# %% ../nbs/06_scoring.ipynb #a21699fe
+@patch
+def judge(self:Scorer, prompts:list, completions:list) -> torch.Tensor:
+    "Scores of every reward model for distinct pairs, `[models, n]`; counts cut rows."
+    before = sum(getattr(r, "truncated", 0) for r in self.rewards)
+    parts = [scored_in_batches(r, prompts, completions, self.batches) for r in self.rewards]
+    self.report["truncated"] = sum(getattr(r, "truncated", 0) for r in self.rewards) - before
+    return torch.stack(parts)
 
-    def __call__(self, prompts:list,        # bare questions, one for each completion
-                 completions:list,          # answers
-                 ended=None) -> torch.Tensor: # whether each ended by itself; None = all did
-        "Scores after ensemble and shaping, float32 `[n]`, in order; NaN and inf stay and are counted."
-        if len(prompts) != len(completions): raise UserError(f"{len(prompts)} prompts for {len(completions)} completions")
-        self.report = Counter()
-        place = {pair: i for i, pair in enumerate(dict.fromkeys(zip(prompts, completions)))}
-        parts = self.judge([p for p, _ in place], [c for _, c in place])[:, [place[pair] for pair in zip(prompts, completions)]]
-        self.parts = {f"{i}:{reward_name(r)}" if len(self.rewards) > 1 else reward_name(r): part for i, (r, part) in enumerate(zip(self.rewards, parts))}
-        scores = combine_scores(parts, self.combine, self.weights, self.c) - penalties(completions, ended if ended is not None else [True] * len(completions), self.shaping)
-        self.report.update(rows=len(prompts), duplicates=len(prompts) - len(place), empty=sum(not c.strip() for c in completions),
-                           nan=int(scores.isnan().sum()), inf=int(scores.isinf().sum()))
-        return scores
+# %% ../nbs/06_scoring.ipynb #b8e572b0
+@patch
+def __call__(self:Scorer,
+             prompts:list,      # bare questions, one for each completion
+             completions:list,  # answers
+             ended=None         # whether each ended by itself; None = all did
+            ) -> torch.Tensor:
+    "Scores after ensemble and shaping, float32 `[n]`, in order; NaN and inf stay and are counted."
+    if len(prompts) != len(completions): raise UserError(f"{len(prompts)} prompts for {len(completions)} completions")
+    self.report = Counter()
+    place = {pair: i for i, pair in enumerate(dict.fromkeys(zip(prompts, completions)))}
+    parts = self.judge([p for p, _ in place], [c for _, c in place])[:, [place[pair] for pair in zip(prompts, completions)]]
+    self.parts = {f"{i}:{reward_name(r)}" if len(self.rewards) > 1 else reward_name(r): part for i, (r, part) in enumerate(zip(self.rewards, parts))}
+    scores = combine_scores(parts, self.combine, self.weights, self.c) - penalties(completions, ended if ended is not None else [True] * len(completions), self.shaping)
+    self.report.update(rows=len(prompts), duplicates=len(prompts) - len(place), empty=sum(not c.strip() for c in completions),
+                       nan=int(scores.isnan().sum()), inf=int(scores.isinf().sum()))
+    return scores
 
 # %% ../nbs/06_scoring.ipynb #c4b1c4c5
 def as_chance(scores) -> torch.Tensor:
