@@ -108,7 +108,7 @@ def reward_curve(metrics:list[dict], ax=None):
     ax.plot(table["step"], table["reward/ema"], color="#0b5394", linewidth=2, label="moving average, α = 0.9")
     ax.set(xlabel="superbatch", ylabel="reward")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../nbs/11_evaluation.ipynb #3381ad09

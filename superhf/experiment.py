@@ -12,7 +12,7 @@ __all__ = ['GIVEN', 'TRACKERS', 'split_holdout', 'choose_prompts', 'load_rewards
 import copy, hashlib, importlib.util, json, logging, shutil, textwrap
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch, yaml
 from .core import UserError, first_line, tell
@@ -246,7 +246,9 @@ def train_and_finish(trainer, rewards:dict, prompts:list[dict], kept:list[dict])
     with writing(run, trainer.step): before = before_training(run, trainer, rewards, kept)
     if before and trainer.step == 0 and not paper_ppo: trainer.ema = score_stats(torch.tensor([r["reward"] for r in before]))["reward/mean"]
     trainer.train()
-    with writing(run, trainer.step): finish(run, trainer, rewards, prompts, kept, before)
+    try:
+        with writing(run, trainer.step): finish(run, trainer, rewards, prompts, kept, before)
+    except Exception as e: raise trainer.saved_before(e, trainer.state(), untouched=True) from e
 
 # %% ../nbs/11b_experiment.ipynb #711428c5
 @contextmanager
@@ -266,6 +268,7 @@ def run_method(Trainer,      # SuperHFTrainer or PPOTrainer
                resume=None,  # run folder to go on with
                **given):     # instead of what the config names: policy and tokenizer, reward_model, validation_reward_model (callables or names), prompts
     "A training run of either method on its run folder, with held-out prompts sampled before and after; gives the trainer, or None where the run was finished."
+    if not is_dataclass(config): raise UserError(f"config must be a SuperHFConfig or a PPOConfig, got a {type(config).__name__}")
     config = named(config, **{part: x for part, x in given.items() if part != "tokenizer"})
     processes, names, run = start_processes(), tracker_names(config.track), RunFolder(resume or config.output_dir)
     if resume: refuse_changes(run, asdict(config))

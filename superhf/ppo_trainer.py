@@ -125,7 +125,7 @@ class PPORecords(Ground):
 
     def state(self) -> dict:
         "The numbers that the next step depends on, beside weights and moments."
-        return dict(ema=self.ema, tokens=self.tokens, kl_coef=self.kl_coef, first=self.first, told=self.told)
+        return dict(ema=self.ema, tokens=self.tokens, kl_coef=self.kl_coef, first=self.first, told=self.told, alike=self.alike)
 
 # %% ../nbs/09d_ppo_trainer.ipynb #bb3384f2
 class PPOTrainer(PPORecords):

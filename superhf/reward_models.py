@@ -407,10 +407,11 @@ def load_reward_model(name,                  # "demo", "demo-heldout", a folder,
                       max_length:int|None=None):  # tokens of prompt and completion; None = what the model was made for
     "A callable `(prompts, completions) -> scores` with a `name`."
     if isinstance(name, PreTrainedModel): raise UserError(f"a {type(name).__name__} is a network and no function of texts; give the folder or hub id that it came from")
-    if callable(name): return name if hasattr(name, "name") else FunctionReward(name)
+    if callable(name): return name if isinstance(name, FunctionReward) or hasattr(name, "batches") else FunctionReward(name, getattr(name, "name", None))
     network = dict(device=device, dtype=dtype, batch_size=batch_size, max_length=max_length)
     if name in ("demo", "demo-heldout"): return load_scalar_head(demo_folder(name), name, **network)
     if (Path(name)/"reward_config.json").exists(): return load_scalar_head(name, str(name), **network)
     if Path(name).is_dir() and not (Path(name)/"config.json").exists(): raise UserError(f"reward model folder {name!r} has neither reward_config.json nor config.json")
     if ":" in name and not Path(name).exists(): return import_function(name)
+    if name.startswith((".", "/", "~")) and not Path(name).exists(): raise UserError(f"reward model folder {name!r} does not exist; give an existing folder, a hub id, module:function, demo or demo-heldout")
     return load_classifier(name, **network)

@@ -349,7 +349,7 @@ class RunLoop(RunKeeper):
         "All superbatches that are left; gives their records."
         records, T = [], self.config.superbatches
         if self.run and self.processes.first and not self.run.config.exists(): raise UserError(f"there is no run in {str(self.run.path)!r}: make it with RunFolder(...).create(config)")
-        if self.option("evaluate_every") and not self.evaluation: logging.getLogger("superhf").warning("evaluate_every does nothing here, for no prompts are held out; superhf.experiment.run_method holds some out")
+        if self.option("evaluate_every") and not self.evaluation: logging.getLogger("superhf").warning("evaluate_every does nothing here, for no prompts are held out: holdout is 0, or there are too few prompts; a trainer without superhf.experiment.run_method holds none out")
         if self.option("evaluate_every") and self.evaluation and self.step == 0: self.look_first()
         with interrupts(self.processes.size == 1) as asked, tqdm(total=T, initial=self.step, disable=not (progress and self.processes.first), unit="superbatch", dynamic_ncols=True) as bar:
             while self.step < T and not self.stopped:
@@ -391,7 +391,7 @@ def saved_before(self:RunLoop, error,
     "The error to raise where a superbatch or an evaluation failed; what was done before it is saved where it still stands."
     if not self.run or not self.step or (self.touched and not untouched) or self.processes.size > 1: return error
     vars(self).update(before)
-    self.save()
+    if not (self.run.checkpoints/f"step-{self.step:06d}").exists(): self.save()
     done = f"superbatches 1 to {self.step} are saved, --resume {self.run.path} goes on from there"
     if isinstance(error, UserError): return UserError(f"{error}; {done}")
     logging.getLogger("superhf").warning(done)

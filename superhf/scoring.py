@@ -6,7 +6,7 @@
 __all__ = ['reward_name', 'as_scores', 'short', 'blame', 'call_reward', 'eligible', 'select_top_k', 'select_per_prompt',
            'select_percentile', 'select_margin', 'combine_scores', 'Shaping', 'repeated_share', 'penalties',
            'scored_in_batches', 'Scorer', 'as_chance', 'ScoreConfig', 'json_rows', 'read_rows', 'write_rows',
-           'score_file']
+           'ended_of', 'score_file']
 
 # %% ../nbs/06_scoring.ipynb #5ab028e3
 import json, math, os
@@ -260,6 +260,16 @@ def write_rows(rows:list, path):
     beside.write_text("".join(json.dumps({k: plain(v) for k, v in row.items()}, ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8")
     beside.replace(path)
 
+# %% ../nbs/06_scoring.ipynb #69b7fd24
+def ended_of(row:dict,  # of a file, with `ended` or without
+             number:int # of the row, for messages
+            ) -> bool:
+    "Whether the completion of a row ended by itself; without a word about it, it did."
+    said = row.get("ended", True)
+    known = {"true": True, "yes": True, "1": True, "1.0": True, "": True, "none": True, "false": False, "no": False, "0": False, "0.0": False}
+    if (word := str(said).strip().lower()) not in known: raise UserError(f"row {number}: ended must be true or false, got {said!r}")
+    return known[word]
+
 # %% ../nbs/06_scoring.ipynb #69d33498
 def score_file(config:ScoreConfig) -> dict:
     "Score the completions of a file into another; the counts of the scorer."
@@ -271,6 +281,6 @@ def score_file(config:ScoreConfig) -> dict:
     shaping = Shaping(config.length_penalty, "log", config.repeated_penalty, config.unfinished_penalty)
     scorer = Scorer(config.reward_model, config.combine, shaping=shaping, batch_size=config.scoring_batch_size, device=pick_device(config.device), dtype=config.dtype)
     scorer.learn([{k: v for k, v in r.items() if k != "completion"} for r in rows])
-    scores = scorer([r["prompt"] for r in rows], [r["completion"] for r in rows], [bool(r.get("ended", True)) for r in rows])
+    scores = scorer([r["prompt"] for r in rows], [r["completion"] for r in rows], [ended_of(r, i) for i, r in enumerate(rows, 1)])
     write_rows([row | dict(score=s) for row, s in zip(rows, scores.tolist())], config.output)
     return dict(scorer.report) | dict(reward_model=scorer.name, output=config.output)
