@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import UserError
-from .reading import content_text, file_kind
+from .reading import content_text, file_kind, find_fault
 from .scoring import call_reward, reward_name
 from .statistics import wilson
 
@@ -49,9 +49,12 @@ def read_table(path, *columns) -> pd.DataFrame:
     "A Parquet, CSV, JSON or JSON-lines file, the last three gzipped or not, as a table; `UserError` where it or one of the `columns` is missing."
     path, kind = Path(path), file_kind(path)
     if not path.is_file(): raise UserError(f"file {str(path)!r} does not exist")
-    read = {"parquet": pd.read_parquet, "csv": partial(pd.read_csv, keep_default_na=False)}.get(kind) or partial(pd.read_json, lines=not path.name.removesuffix(".gz").endswith(".json"), dtype=False, convert_dates=False)
+    read = {"parquet": pd.read_parquet, "csv": partial(pd.read_csv, keep_default_na=False, dtype=str, encoding="utf-8-sig")}.get(kind)
+    read = read or partial(pd.read_json, lines=not path.name.removesuffix(".gz").endswith(".json"), dtype=False, convert_dates=False, encoding="utf-8-sig")
     try: table = read(path)
-    except (ValueError, OSError, EOFError, zlib.error) as e: raise UserError(f"cannot read {str(path)!r}: {e}") from e
+    except (ValueError, OSError, EOFError, zlib.error) as e:
+        if columns: find_fault(path, columns[0])        # names the line, where there is one
+        raise UserError(f"cannot read {str(path)!r}: {e}") from e
     if not len(table): raise UserError(f"{path} is empty")
     missing = [c for c in columns if c not in table.columns]
     if missing: raise UserError(f"{path} has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, table.columns))}")
