@@ -175,11 +175,10 @@ def best_ones(prompts:list[dict], completions, scorer, best_of:int) -> list:
     "The best of each run of `best_of` completions, with its score; `prompts` has a row for each."
     from superhf.scoring import select_top_k
     scores, texts = scorer([p["prompt"] for p in prompts], [c.text for c in completions]), [c.text for c in completions]
-    def best(at):
-        "Where the best of the completions from `at` on is."
-        group = slice(at, at + best_of)
-        return at + (select_top_k(scores[group], texts[group]) or [0])[0]
-    chosen = [best(at) for at in range(0, len(completions), best_of)]
+    groups = [slice(at, at + best_of) for at in range(0, len(completions), best_of)]
+    best = [select_top_k(scores[g], texts[g]) for g in groups]
+    if (none := best.count([])): logging.getLogger("superhf").warning(f"{none} of {len(groups)} groups have no completion with text and a score to choose; the first stands for them")
+    chosen = [g.start + (b or [0])[0] for g, b in zip(groups, best)]
     return [completions[i] for i in chosen], [scores[i].item() for i in chosen]
 
 # %% ../nbs/12_cli.ipynb #cab10786
@@ -188,9 +187,7 @@ def judge_of(config:SampleConfig, prompts:list[dict]):
     from superhf.models import pick_device
     from superhf.scoring import Scorer
     scorer = Scorer(config.reward_model, device=pick_device(config.device), dtype=config.reward_dtype)
-    scorer.learn(prompts)
-    scorer([prompts[0]["prompt"]], ["Yes."])
-    return scorer
+    return scorer.get_ready(prompts)
 
 # %% ../nbs/12_cli.ipynb #edac1e00
 def sample_command(config:SampleConfig, **_):

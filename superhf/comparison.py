@@ -17,7 +17,7 @@ from .core import UserError, opt, tell, writable
 from .data import load_prompts, normalize
 from .evaluation import best_of_n, bootstrap_interval, held_out, prompt_means
 from .generation import SamplingOptions, check_prompts, load_sampler, sample_all
-from .models import at_home
+from .models import at_home, check_policy
 from .paper_tables import FRIDGE_PROMPT, fridge_table
 from .reward_functions import FunctionReward
 from .runs import RunFolder, plain, read_lines
@@ -202,7 +202,8 @@ def compare_policies(c:CompareConfig) -> dict:
     unseen = [p for p in prompts if normalize(p["prompt"]) not in seen]
     if not unseen: raise UserError(f"the policies were trained on all {len(prompts)} prompts; give others with --prompts, or --held-out false")
     prompts, left_out = spread(unseen, c.limit, c.seed), len(prompts) - len(unseen)
-    for reward in rewards.values(): reward.learn(prompts)
+    for model in models: check_policy(model, c.trust_remote_code)
+    for reward in rewards.values(): reward.get_ready(prompts)
     formats = formats_of(list(models), c.prompt_format)
     answers, seconds = all_answers(c, models, formats, prompts, rewards)
     tables = dict(means=means_table(answers, list(rewards)), wins=win_rates(answers, list(rewards)), fridge={part: fridge_table(r) for part, r in rewards.items() if not any(isinstance(m, FunctionReward) for m in r.rewards)})
@@ -221,13 +222,14 @@ def reward_lines(found:dict, reward:str, model:str) -> str:
     "Mean rewards by source and policy, win rates and the fridge question under one reward model, as text."
     t, w, seven = found["means"].query("reward == @reward"), found["wins"].query("reward == @reward"), found["fridge"].get(reward)
     numbers = t[t.source == "all"].set_index("policy").prompts
+    if not numbers.any(): return f"Mean reward, {reward} model {model}: none, for no answer has a finite score.\n"
     over, named = f"over {numbers.iloc[0]} prompts", t.policy
     if numbers.nunique() > 1: over, named = "each over the prompts on which it has scores", [f"{p} ({numbers[p]} prompts)" for p in t.policy]
     t = t.assign(policy=named, cell=[with_bounds(*r) for r in t[["mean", "low", "high"]].values])
     shown = t.pivot(index="policy", columns="source", values="cell").loc[list(dict.fromkeys(t.policy)), list(dict.fromkeys(t.source))]
     lines = [f"Mean reward, {reward} model {model} (95 % {over}):", shown.to_string()]
     if len(w): lines.append("Win rates (p by Wilcoxon, corrected by Holm):")
-    lines += [f"  {r.policy} over {r.against}: {100*r.wins:.0f} % [{100*r.low:.0f}, {100*r.high:.0f}], p = {r.p_holm:.2g}" for r in w.itertuples()]
+    lines += [f"  {r.policy} over {r.against}: " + (f"{100*r.wins:.0f} % [{100*r.low:.0f}, {100*r.high:.0f}], p = {r.p_holm:.2g}" if r.wins == r.wins else "no prompt has scores of both") for r in w.itertuples()]
     if seven is None: return "\n".join(lines) + "\n"
     lines += ["", f"Section 5.1's seven answers, sigmoid of the scores of {model}: rank correlation with the paper's {seven.attrs['spearman']:.2f}"]
     return "\n".join([*lines, seven[["by", "paper", "ours"]].to_string(index=False, float_format=lambda x: f"{x:.3f}")]) + "\n"

@@ -230,7 +230,7 @@ def make_trainer(Trainer, config, preset, run, policy=None, tokenizer=None, rewa
     if (policy is None) != (tokenizer is None): raise UserError("a policy and its tokenizer are given together")
     prompts, kept = choose_prompts(config, preset, prompts)
     rewards = load_rewards(config, reward_model, validation_reward_model)
-    for reward in rewards.values(): reward.learn(prompts + kept)
+    for reward in rewards.values(): reward.get_ready(prompts + kept)
     if policy is None: policy, tokenizer = load_policy(config.model, config.dtype, config.device, config.trust_remote_code)
     borrowed = hasattr(policy, "merge_and_unload")      # adapters that the caller put on
     trainer = Trainer(config, policy, tokenizer, rewards["reward"], prompts, rewards.get("validation"), run)

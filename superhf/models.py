@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DTYPES', 'DEMO_POLICY', 'TINY', 'SHAPES', 'as_dtype', 'in_format', 'pick_device', 'package_file', 'cache_dir',
            'write_beside', 'convert_gguf', 'demo_policy_dir', 'at_home', 'model_source', 'from_source', 'with_padding',
-           'load_tokenizer', 'read_policy', 'load_policy', 'number_tokenizer', 'random_shape', 'random_policy',
-           'check_vocabulary', 'adapted_layers', 'add_lora', 'trainable', 'ready_policy']
+           'load_tokenizer', 'read_policy', 'load_policy', 'check_policy', 'number_tokenizer', 'random_shape',
+           'random_policy', 'check_vocabulary', 'adapted_layers', 'add_lora', 'trainable', 'ready_policy']
 
 # %% ../nbs/03_models.ipynb #c59d97d4
 import importlib.util, json, os, shutil, tempfile
@@ -166,6 +166,14 @@ def load_policy(name:str="demo",              # hub id, folder, or `demo`
     tokenizer = load_tokenizer(name, trust_remote_code, kwargs.get("revision"))
     model = read_policy(source, name, dtype=torch_dtype, trust_remote_code=trust_remote_code, **kwargs)
     return model.to(device).eval(), tokenizer
+
+# %% ../nbs/03_models.ipynb #5e7843d8
+def check_policy(name:str, trust_remote_code:bool=False, revision:str|None=None):
+    "Refuse a name behind which there is no policy, without loading one; of adapters alone only that they are there."
+    from transformers import AutoConfig
+    source = model_source(name)
+    if (Path(source)/"adapter_config.json").exists() and not (Path(source)/"config.json").exists(): return
+    from_source(AutoConfig, source, name, trust_remote_code=trust_remote_code, revision=revision or "main")
 
 # %% ../nbs/03_models.ipynb #f8e181de
 TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, max_position_embeddings=128)

@@ -180,12 +180,13 @@ def without_dropout(config):
 # %% ../nbs/05_reward_models.ipynb #dd6e3179
 def load_backbone(name:str, dtype=torch.float32):
     "Backbone and tokenizer by name, without dropout; raises `UserError` where it is not found."
-    path = encoder_path(name)
+    path, hint = encoder_path(name), "give a hub id that can be reached, a folder, or package:NAME/FOLDER"
+    if name.startswith((".", "/", "~")) and not Path(path).is_dir(): raise UserError(f"no reward-model backbone at {name!r}: there is no such folder; {hint}")
     try:
         config = without_dropout(AutoConfig.from_pretrained(path))
         tokenizer = AutoTokenizer.from_pretrained(path)
         backbone = quietly(AutoModel.from_pretrained, path, config=config, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as e: raise UserError(f"no reward-model backbone at {name!r}: {first_line(e)}") from e
+    except (OSError, ValueError) as e: raise UserError(f"no reward-model backbone at {name!r}: {first_line(e).rstrip('.')}; {hint}") from e
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return backbone, tokenizer
 

@@ -180,6 +180,12 @@ class Scorer:
         "Show the rows of prompts to those reward models that need their columns."
         for r in self.rewards: teach(r, rows)
 
+    def get_ready(self, rows:list[dict]):
+        "Show the rows of prompts, and score one answer to the first: what cannot work is told before anything is sampled."
+        self.learn(rows)
+        self([rows[0]["prompt"]], ["Yes."])
+        return self
+
 # %% ../nbs/06_scoring.ipynb #a21699fe
 @patch
 def judge(self:Scorer, prompts:list, completions:list) -> torch.Tensor:

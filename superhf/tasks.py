@@ -6,9 +6,9 @@
 __all__ = ['TASKS', 'TABLE_4', 'LOCAL', 'SHOWN', 'LocalData', 'task_names', 'plain_words', 'word_f1', 'squad_scores', 'as_choice',
            'pair_docs', 'row_fault', 'local_rows', 'hub_form', 'task_config', 'need_lm_eval', 'as_lm', 'check_answers',
            'run_task', 'prompt_of_sample', 'with_interval', 'weights_mark', 'EvaluateConfig', 'question', 'data_mark',
-           'task_version', 'read_results', 'write_results', 'sort_results', 'evaluate', 'load_lm', 'shown_metrics',
-           'results_frame', 'share_text', 'results_table', 'table_as', 'latex_table', 'differences', 'differences_as',
-           'evaluate_command']
+           'task_version', 'read_results', 'write_results', 'sort_results', 'revision_of', 'check_open', 'evaluate',
+           'load_lm', 'shown_metrics', 'results_frame', 'share_text', 'results_table', 'table_as', 'latex_table',
+           'differences', 'differences_as', 'evaluate_command']
 
 # %% ../nbs/11d_tasks.ipynb #93de18be
 import gzip, hashlib, importlib.util, json, math, os, re, string, tempfile, time, zlib
@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 import numpy as np, pandas as pd
 from .core import UserError, first_line, opt, tell, writable
 from .experiment import markdown_table
-from .models import at_home
+from .models import at_home, check_policy
 from .statistics import holm, mean_interval, paired_p, wilson
 
 # %% ../nbs/11d_tasks.ipynb #4932d35a
@@ -164,7 +165,7 @@ def run_task(lm, task:str, data_dir:str|None=None, # a folder with the data; the
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     if chat and not lm.tokenizer.chat_template: raise UserError("the policy's tokenizer has no chat template; leave out --chat")
-    with task_config(task, data_dir, seed) as config:
+    with task_config(task, data_dir, seed) as config, mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: None, create=True):
         try: out = simple_evaluate(lm, tasks=[config], task_manager=TaskManager(include_defaults=False), num_fewshot=shots, limit=limit or None, bootstrap_iters=0, apply_chat_template=chat, fewshot_random_seed=seed)
         except (OSError, ConnectionError, ValueError) as e:
             where = f"{shots} examples and {data_dir!r}" if data_dir else f"{config['dataset_path']} of the hub; --data-dir names a folder to read from instead"
@@ -268,6 +269,17 @@ def sort_results(asked:list[dict], # from `question`
     key = lambda r: {k: r.get(k) for k in asked[0]}
     return [next((r for r in known if key(r) == q), None) for q in asked], [r for r in known if key(r) not in asked]
 
+# %% ../nbs/11d_tasks.ipynb #d54bb911
+def revision_of(c:EvaluateConfig, model:str) -> dict:
+    "The revision of a model of the hub, where one is asked for; folders and the demo have none."
+    return dict(revision=c.revision) if c.revision and not Path(model).exists() and model != "demo" else {}
+
+# %% ../nbs/11d_tasks.ipynb #abdefc3e
+def check_open(c:EvaluateConfig, asked:list[dict]): # what is not answered yet
+    "Refuse policies and local data that cannot be used."
+    for model in dict.fromkeys(q["model"] for q in asked): check_policy(model, c.trust_remote_code, **revision_of(c, model))
+    for task in dict.fromkeys(q["task"] for q in asked if c.data_dir): local_rows(task, c.data_dir)
+
 # %% ../nbs/11d_tasks.ipynb #2180e735
 def evaluate(c:EvaluateConfig, progress:bool=True) -> list[dict]:
     "Results of every model on every task: what was asked, scores of each question, means with intervals."
@@ -277,6 +289,7 @@ def evaluate(c:EvaluateConfig, progress:bool=True) -> list[dict]:
     asked = [question(c, m, t) for m in dict.fromkeys(c.model) for t in tasks]
     if c.output: writable(c.output)
     results, others = sort_results(asked, known)
+    check_open(c, [q for q, r in zip(asked, results) if r is None])
     bar = tqdm(total=len(asked), initial=sum(r is not None for r in results), disable=not progress, desc="tasks")
     for model in dict.fromkeys(c.model):
         open_ones = [i for i, (q, r) in enumerate(zip(asked, results)) if q["model"] == model and r is None]
@@ -294,8 +307,7 @@ def evaluate(c:EvaluateConfig, progress:bool=True) -> list[dict]:
 def load_lm(c:EvaluateConfig, model:str):
     "One of the config's policies, for lm-eval."
     from superhf.models import load_policy
-    more = dict(revision=c.revision) if c.revision and not Path(model).exists() and model != "demo" else {}
-    return as_lm(*load_policy(model, c.dtype, c.device, c.trust_remote_code, **more), c.batch_size)
+    return as_lm(*load_policy(model, c.dtype, c.device, c.trust_remote_code, **revision_of(c, model)), c.batch_size)
 
 # %% ../nbs/11d_tasks.ipynb #ad2b2927
 SHOWN = dict(squad=("f1", "exact_match")) # elsewhere acc
