@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['raw_lines', 'is_utf8', 'json_fault', 'csv_header', 'csv_fault', 'file_kind', 'find_fault', 'quiet', 'load',
-           'content_text', 'conversation_text', 'column_values', 'as_text', 'dataset_rows', 'faults_in', 'checked_rows',
-           'as_written', 'read_file', 'pick_split', 'mirror_files', 'hub_errors', 'Reader', 'beside']
+           'content_text', 'conversation_text', 'column_values', 'value_text', 'dataset_rows', 'faults_in',
+           'checked_rows', 'parsed_lines', 'read_json_lines', 'read_file', 'pick_split', 'mirror_files', 'hub_errors',
+           'Reader', 'beside']
 
 # %% ../nbs/00_reading.ipynb #0eee233e
 import contextlib, csv, glob, gzip, io, json, logging, os, tempfile, zlib
+from functools import reduce
 from pathlib import Path
 from .core import UserError, first_line
 
@@ -147,14 +149,14 @@ def column_values(table,      # a pyarrow table
     return [v if v is None or isinstance(v, str) else str(v) for v in values.to_pylist()]
 
 # %% ../nbs/00_reading.ipynb #dc4b1477
-def as_text(value:str|None,
-            where:str="a row" # how errors call it
-           ) -> str|None:
-    "A value that is written as JSON, as a text; messages as theirs; what else is no text stays as it is written."
-    if value is None: return None
-    found = json.loads(value)
-    if isinstance(found, list) and found and all(isinstance(m, dict) and "role" in m for m in found): return conversation_text(found, where)
-    return found if found is None or isinstance(found, str) else value
+def value_text(value,             # as JSON has it
+               where:str="a row", # how errors call it
+               column:str="prompt") -> str|None:
+    "A value as a text: messages as theirs, numbers as they are written; None stays None, other lists and objects are refused."
+    if value is None or isinstance(value, str): return value
+    if isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value): return conversation_text(value, where)
+    if isinstance(value, (list, dict)): raise UserError(f"{where}: column {column!r} holds {'a list' if isinstance(value, list) else 'an object'}, not text")
+    return json.dumps(value)
 
 # %% ../nbs/00_reading.ipynb #7c68008e
 def dataset_rows(dataset,      # a datasets.Dataset
@@ -165,7 +167,7 @@ def dataset_rows(dataset,      # a datasets.Dataset
     "Yield a tuple of values for every row of a dataset, a thousand rows at a time in memory."
     for c in columns: column_values(dataset.data.table.slice(0, 0), c, where)
     mixed = {c for c in (*columns, *others) if type(dataset.features.get(c)).__name__ == "Json"}     # texts beside other values are kept as JSON
-    texts = lambda table, c: (as_text(v, where) for v in column_values(table, c, where)) if c in mixed else column_values(table, c, where)
+    texts = lambda table, c: (value_text(v and json.loads(v), where, c) for v in column_values(table, c, where)) if c in mixed else column_values(table, c, where)
     values = lambda table, c: [json.loads(v) if v and c in mixed else v for v in table.column(c).to_pylist()]
     for table in dataset.with_format("arrow").iter(batch_size=1000):
         table.validate(full=True)
@@ -200,11 +202,26 @@ def checked_rows(dataset,      # a datasets.Dataset
         yield values
 
 # %% ../nbs/00_reading.ipynb #0a09e62f
-def as_written(path, columns:list):
-    "An iterator over these columns of a JSONL file as they are written, a dict for every row; None where there is nothing to read so."
-    if not columns or Path(path).name.removesuffix(".gz").endswith(".json"): return None
-    rows = (json.loads(line.decode("utf-8-sig")) for _, line in raw_lines(path) if line.strip())
-    return ({c: row.get(c) for c in columns} for row in rows)
+def parsed_lines(path):
+    "Yield (line number, line, row) of a JSONL file without its blank lines; the row is None where the line is not JSON."
+    for n, line in raw_lines(path):
+        if not line.strip(): continue
+        try: yield n, line, json.loads(line.decode("utf-8-sig"))
+        except ValueError: yield n, line, None
+
+def read_json_lines(path, column:str, extra=(), others=False):
+    "`read_file` for a file of JSON lines; raises `UserError` with the line of the first fault before the first row."
+    names = {}
+    for n, line, row in parsed_lines(path):
+        if (what := json_fault(line, column)): raise UserError(f"{path}:{n}: {what}")
+        names |= dict.fromkeys(row)
+    if not names: raise UserError(f"{path}:1: there are no rows in it")
+    texts = [column] + [c for c in extra if c in names and c != column]
+    rest = [c for c in names if others and c not in texts]
+    for n, _, row in parsed_lines(path):
+        inside = reduce(lambda value, key: value[key], column.split("."), row)
+        found = {column: inside} | {c: row.get(c) for c in texts[1:]}
+        yield {c: value_text(v, f"{path}:{n}", c) for c, v in found.items()} | {c: row.get(c) for c in rest}
 
 # %% ../nbs/00_reading.ipynb #3b82af22
 def read_file(path,            # JSONL, JSON, CSV, Parquet or text file, gzipped or not
@@ -217,6 +234,7 @@ def read_file(path,            # JSONL, JSON, CSV, Parquet or text file, gzipped
     if not Path(path).is_file(): raise UserError(f"{path}: no such file")
     options = dict(encoding="utf-8-sig") if kind == "text" else {}
     inside = "text" if kind == "text" else column
+    if kind == "json" and not Path(path).name.removesuffix(".gz").lower().endswith(".json"): yield from read_json_lines(path, column, extra, others); return
     with tempfile.TemporaryDirectory() as cache, faults_in([path], inside, path):
         if kind == "csv":
             find_fault(path, column)
@@ -224,8 +242,7 @@ def read_file(path,            # JSONL, JSON, CSV, Parquet or text file, gzipped
         dataset = load(kind, data_files=glob.escape(str(path)), split="train", cache_dir=cache, **options)
         texts = [column] + [c for c in extra if c in dataset.column_names and c != column]
         rest = [c for c in dataset.column_names if others and c not in (inside, *texts)]
-        written = as_written(path, [c for c in texts + rest if str(getattr(dataset.features.get(c), "dtype", "")).startswith("timestamp")]) if kind == "json" else None
-        for values in checked_rows(dataset, [inside] + texts[1:], [path], path, rest): yield dict(zip(texts + rest, values)) | (next(written) if written else {})
+        for values in checked_rows(dataset, [inside] + texts[1:], [path], path, rest): yield dict(zip(texts + rest, values))
 
 # %% ../nbs/00_reading.ipynb #0a706814
 def pick_split(splits,    # a datasets.DatasetDict
