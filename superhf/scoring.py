@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['reward_name', 'as_scores', 'short', 'blame', 'call_reward', 'eligible', 'select_top_k', 'select_per_prompt',
            'select_percentile', 'select_margin', 'combine_scores', 'Shaping', 'repeated_share', 'penalties',
-           'scored_in_batches', 'Scorer', 'as_chance', 'ScoreConfig', 'json_rows', 'read_rows', 'write_rows',
-           'ended_of', 'score_file']
+           'scored_in_batches', 'Scorer', 'as_chance', 'ScoreConfig', 'read_rows', 'write_rows', 'ended_of',
+           'score_file']
 
 # %% ../nbs/06_scoring.ipynb #5ab028e3
 import json, math, os
@@ -17,9 +17,10 @@ import torch
 from .core import UserError, check_config, first_line, opt, patch, writable
 from .generation import BatchSize, is_out_of_memory
 from .models import pick_device
-from .reading import file_kind, is_utf8, read_file
+from .reading import file_kind, is_utf8, json_rows, read_file
 from .reward_functions import teach
 from .reward_models import load_reward_model
+from .runs import plain
 
 # %% ../nbs/06_scoring.ipynb #754ab45a
 def reward_name(reward) -> str:
@@ -233,22 +234,12 @@ class ScoreConfig:
     dtype: str = opt("auto", "number format of the reward model: auto takes bfloat16 for those of ours where it is native", choices=["auto", "float32", "bfloat16"])
     device: str = opt("auto", "cpu, cuda, cuda:1; auto prefers a GPU")
 
-# %% ../nbs/06_scoring.ipynb #ee66f12a
-def json_rows(path) -> list[tuple]:
-    "(where, row) of every line of a JSON-lines file; `UserError` naming the first line that is not JSON."
-    try: lines = Path(path).read_text(encoding="utf-8-sig").split("\n")     # JSON may hold U+2028 and its like
-    except (OSError, UnicodeDecodeError) as e: raise UserError(f"cannot read {str(path)!r}: {e}") from e
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try: rows += [(f"{path}, line {number}", json.loads(line))] if line.strip() else []
-        except ValueError as e: raise UserError(f"{path}, line {number}: not JSON: {e}") from e
-    return rows
-
 # %% ../nbs/06_scoring.ipynb #06fef4cc
 def read_rows(path) -> list[dict]:
-    "The rows of a JSON-lines, CSV or Parquet file, each with `prompt` and `completion` as texts; `UserError` naming the first that is not so."
+    "The rows of a JSON, CSV or Parquet file, each with `prompt` and `completion` as texts; `UserError` naming the first that is not so."
+    if not Path(path).is_file(): raise UserError(f"cannot read {str(path)!r}: there is no such file")
     table = file_kind(path) in ("csv", "parquet")
-    found = [(f"{path}, row {i}", r) for i, r in enumerate(read_file(path, "completion", ("prompt",), others=True), 1)] if table else json_rows(path)
+    found = [(f"{path}, row {i}", r) for i, r in enumerate(read_file(path, "completion", ("prompt",), others=True), 1)] if table else list(json_rows(path))
     for where, row in found:
         for key in ("prompt", "completion"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str): raise UserError(f"{where}: needs a text {key!r}")
@@ -261,9 +252,8 @@ def write_rows(rows:list, path):
     path = Path(path)
     if path.is_dir(): raise UserError(f"output {str(path)!r} is a folder; give a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = lambda v: None if isinstance(v, float) and not math.isfinite(v) else v
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text("".join(json.dumps({k: plain(v) for k, v in row.items()}, ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8")
+    beside.write_text("".join(json.dumps(plain(row), ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8")
     beside.replace(path)
 
 # %% ../nbs/06_scoring.ipynb #69b7fd24
