@@ -194,16 +194,19 @@ def sample_command(config:SampleConfig, **_):
     "`superhf sample`: n completions of every prompt, written beside and then renamed."
     from superhf.comparison import formats_of
     from superhf.data import load_prompts
-    from superhf.scoring import write_rows
+    from superhf.scoring import keep_unscored, write_rows
     if not config.output: raise UserError("sample needs --output, a JSON-lines file to write")
-    writable(config.output)
+    writable(config.output, config.prompts)
     prompts = load_prompts(config.prompts, config.prompt_column, config.data_dir)
     scorer = judge_of(config, prompts) if config.best_of > 1 else None
     sampler = load_sampler(config.model, config, formats_of([config.model], config.prompt_format)[config.model])
     check_prompts(sampler, [p["prompt"] for p in prompts])
     each = [p for p in prompts for _ in range(config.n*config.best_of)]
     completions = sample_all(sampler, [p["prompt"] for p in each], config.seed)
-    completions, scores = best_ones(each, completions, scorer, config.best_of) if scorer else (completions, None)
+    try: completions, scores = best_ones(each, completions, scorer, config.best_of) if scorer else (completions, None)
+    except UserError as e:
+        e.unscored = sample_rows_of(prompts, completions, config.n*config.best_of)
+        raise keep_unscored(e, config.output) from e
     write_rows(sample_rows_of(prompts, completions, config.n, scores), config.output)
     tell(f"{len(completions)} completions of {len(prompts)} prompts in {config.output}")
 

@@ -31,9 +31,11 @@ def tell(text:str):
     sys.stdout.flush()
 
 # %% ../nbs/00_core.ipynb #dd681a27
-def writable(path):
+def writable(path, *inputs): # files that it must not replace; names of other things are passed over
     "Refuse a file that cannot be written; the folders above it are made."
     path = Path(path)
+    for given in inputs:
+        if path.exists() and Path(given).exists() and path.samefile(given): raise UserError(f"the output {str(path)!r} is an input as well; name another file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = not path.exists()

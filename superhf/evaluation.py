@@ -25,10 +25,12 @@ def held_out(sampler,                  # `superhf.generation.Sampler`
     each = [p for p in prompts for _ in range(n)]
     indices = [i + j*len(prompts) for i in range(len(prompts)) for j in range(n)]
     completions = sampler([p["prompt"] for p in each], seed, step=0, indices=indices)
-    texts = [c.text for c in completions]
-    scores = {name: rm([p["prompt"] for p in each], texts) for name, rm in reward_models.items()}
-    return [dict(source=p["source"], prompt=p["prompt"], completion=c.text, ended=c.ended, tokens=len(c.ids),
-                 **{name: float(s[i]) for name, s in scores.items()}) for i, (p, c) in enumerate(zip(each, completions))]
+    records = [dict(source=p["source"], prompt=p["prompt"], completion=c.text, ended=c.ended, tokens=len(c.ids)) for p, c in zip(each, completions)]
+    try: scores = {name: rm([p["prompt"] for p in each], [c.text for c in completions]) for name, rm in reward_models.items()}
+    except UserError as e:
+        e.unscored = records        # what a reward that fails must not cost
+        raise
+    return [r | {name: float(s[i]) for name, s in scores.items()} for i, r in enumerate(records)]
 
 # %% ../nbs/11_evaluation.ipynb #fd5ed2dd
 def bootstrap_interval(values,           # one number per prompt

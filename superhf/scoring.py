@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['reward_name', 'as_scores', 'short', 'blame', 'call_reward', 'eligible', 'select_top_k', 'select_per_prompt',
            'select_percentile', 'select_margin', 'combine_scores', 'Shaping', 'repeated_share', 'penalties',
-           'scored_in_batches', 'Scorer', 'as_chance', 'ScoreConfig', 'read_rows', 'write_rows', 'ended_of',
-           'score_file']
+           'scored_in_batches', 'Scorer', 'as_chance', 'ScoreConfig', 'read_rows', 'write_rows', 'keep_unscored',
+           'ended_of', 'score_file']
 
 # %% ../nbs/06_scoring.ipynb #5ab028e3
 import json, math, os
@@ -255,6 +255,15 @@ def write_rows(rows:list, path):
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text("".join(json.dumps(plain(row), ensure_ascii=False, default=str) + "\n" for row in rows), encoding="utf-8")
     beside.replace(path)
+
+# %% ../nbs/06_scoring.ipynb #647f2c12
+def keep_unscored(error:UserError,
+                  output:str) -> UserError: # the file that the scored answers were for
+    "The error, with the answers that it would have lost in a file beside the output."
+    if not getattr(error, "unscored", None) or not output: return error
+    path = Path(output).with_name(f"{Path(output).stem}.unscored.jsonl")
+    write_rows(error.unscored, path)
+    return UserError(f"{error}; the answers sampled before are in {path}, which superhf score --input takes")
 
 # %% ../nbs/06_scoring.ipynb #69b7fd24
 def ended_of(row:dict,  # of a file, with `ended` or without

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TASKS', 'TABLE_4', 'LOCAL', 'SHOWN', 'LocalData', 'task_names', 'plain_words', 'word_f1', 'squad_scores', 'as_choice',
            'pair_docs', 'row_fault', 'local_rows', 'hub_form', 'task_config', 'need_lm_eval', 'as_lm', 'check_answers',
-           'run_task', 'prompt_of_sample', 'with_interval', 'weights_mark', 'EvaluateConfig', 'question', 'data_mark',
-           'task_version', 'read_results', 'write_results', 'sort_results', 'revision_of', 'check_open', 'evaluate',
-           'load_lm', 'shown_metrics', 'results_frame', 'share_text', 'results_table', 'table_as', 'latex_table',
-           'differences', 'differences_as', 'evaluate_command']
+           'run_task', 'arguments_of', 'prompt_of_sample', 'cut_questions', 'with_interval', 'weights_mark',
+           'EvaluateConfig', 'question', 'data_mark', 'task_version', 'read_results', 'write_results', 'sort_results',
+           'revision_of', 'check_open', 'evaluate', 'load_lm', 'shown_metrics', 'results_frame', 'share_text',
+           'results_table', 'table_as', 'latex_table', 'differences', 'differences_as', 'evaluate_command']
 
 # %% ../nbs/11d_tasks.ipynb #93de18be
-import gzip, hashlib, importlib.util, json, math, os, re, string, tempfile, time, zlib
+import gzip, hashlib, importlib.util, json, logging, math, os, re, string, tempfile, time, zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,7 +142,6 @@ def need_lm_eval():
 def as_lm(policy, tokenizer, batch_size:int=8):
     "A loaded policy as lm-eval's model."
     need_lm_eval()
-    import logging
     from lm_eval.models.huggingface import HFLM
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return HFLM(pretrained=policy, tokenizer=tokenizer, backend="causal", batch_size=batch_size, truncation=True)
@@ -167,6 +166,7 @@ def run_task(lm, task:str, data_dir:str|None=None, # a folder with the data; the
     if chat and not lm.tokenizer.chat_template: raise UserError("the policy's tokenizer has no chat template; leave out --chat")
     with task_config(task, data_dir, seed) as config, mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: None, create=True):
         try: out = simple_evaluate(lm, tasks=[config], task_manager=TaskManager(include_defaults=False), num_fewshot=shots, limit=limit or None, bootstrap_iters=0, apply_chat_template=chat, fewshot_random_seed=seed)
+        except AssertionError as e: raise UserError(f"task {task!r} failed: one of its answers alone is longer than the {lm.max_length} tokens that the model reads; give a model with a longer context, or another task") from e
         except (OSError, ConnectionError, ValueError) as e:
             where = f"{shots} examples and {data_dir!r}" if data_dir else f"{config['dataset_path']} of the hub; --data-dir names a folder to read from instead"
             raise UserError(f"task {task!r} failed ({first_line(e)}) with {where}") from e
@@ -174,13 +174,24 @@ def run_task(lm, task:str, data_dir:str|None=None, # a folder with the data; the
     asked, metrics = out["samples"][task], [m["metric"] for m in config["metric_list"]]
     scores = {m: [float(s[m]) for s in asked] for m in metrics if m != "perplexity"}
     summary = {k.split(",")[0]: v for k, v in out["results"][task].items() if isinstance(v, (int, float)) and "stderr" not in k}
-    return dict(scores=scores, summary=summary, prompt=prompt_of_sample(asked[0]))
+    if (cut := cut_questions(lm, asked)): logging.getLogger("superhf").warning(f"task {task!r}: {cut} of {len(asked)} questions are longer than the {lm.max_length} tokens that the model reads; their beginning is cut off")
+    return dict(scores=scores, summary=summary, prompt=prompt_of_sample(asked[0]), cut=cut)
 
 # %% ../nbs/11d_tasks.ipynb #1a3a9fd9
+def arguments_of(sample:dict) -> list[tuple]:
+    "What the model was asked for one question: pairs of text and option, or of text and settings of a generation."
+    found = sample["arguments"].values() if isinstance(sample["arguments"], dict) else sample["arguments"]
+    return [(a["arg_0"], a["arg_1"]) if isinstance(a, dict) else tuple(a[:2]) for a in found]
+
 def prompt_of_sample(sample:dict) -> str:
-    "The text that the model saw for one question."
-    first = next(iter(sample["arguments"].values())) if isinstance(sample["arguments"], dict) else sample["arguments"][0]
-    return first["arg_0"] if isinstance(first, dict) else first[0]
+    "The text of one question; of a multiple choice that in front of the first option."
+    return arguments_of(sample)[0][0]
+
+def cut_questions(lm, samples:list[dict]) -> int:
+    "How many questions are longer than the model reads, with their longest option, or with room for an answer."
+    length = lambda text: len(lm.tok_encode(text))
+    need = lambda text, more: length(text) + (more.get("max_gen_toks", lm.max_gen_toks) if isinstance(more, dict) else length(more) - 1)
+    return sum(any(need(*a) > lm.max_length for a in arguments_of(s)) for s in samples)
 
 # %% ../nbs/11d_tasks.ipynb #81bc6dca
 def with_interval(values:list[float]) -> dict:
@@ -278,7 +289,9 @@ def revision_of(c:EvaluateConfig, model:str) -> dict:
 def check_open(c:EvaluateConfig, asked:list[dict]): # what is not answered yet
     "Refuse policies and local data that cannot be used."
     for model in dict.fromkeys(q["model"] for q in asked): check_policy(model, c.trust_remote_code, **revision_of(c, model))
-    for task in dict.fromkeys(q["task"] for q in asked if c.data_dir): local_rows(task, c.data_dir)
+    for task in dict.fromkeys(q["task"] for q in asked if c.data_dir):
+        _, rows = local_rows(task, c.data_dir)
+        if c.shots >= len(rows): raise UserError(f"task {task!r} has {len(rows)} rows in {str(c.data_dir)!r}, too few for {c.shots} examples in front of each")
 
 # %% ../nbs/11d_tasks.ipynb #2180e735
 def evaluate(c:EvaluateConfig, progress:bool=True) -> list[dict]:
@@ -288,7 +301,7 @@ def evaluate(c:EvaluateConfig, progress:bool=True) -> list[dict]:
     tasks, known = task_names(c.tasks), read_results(c.output)
     asked = [question(c, m, t) for m in dict.fromkeys(c.model) for t in tasks]
     if c.output: writable(c.output)
-    results, others = sort_results(asked, known)
+    results, _ = sort_results(asked, known)
     check_open(c, [q for q, r in zip(asked, results) if r is None])
     bar = tqdm(total=len(asked), initial=sum(r is not None for r in results), disable=not progress, desc="tasks")
     for model in dict.fromkeys(c.model):
@@ -299,7 +312,7 @@ def evaluate(c:EvaluateConfig, progress:bool=True) -> list[dict]:
             started, task = time.time(), asked[i]["task"]
             found = run_task(lm, task, c.data_dir, c.limit, c.shots, c.seed, c.chat)
             results[i] = asked[i] | found | dict(metrics={m: with_interval(v) for m, v in found["scores"].items()}, seconds=time.time() - started, date=time.strftime("%Y-%m-%d"), lm_eval=version("lm_eval"))
-            write_results(c.output, others + [r for r in results if r])
+            write_results(c.output, sort_results(asked, read_results(c.output))[1] + [r for r in results if r])     # another evaluation may have written since
             bar.update()
     return results
 
