@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['means_table', 'wins_by_prompt', 'wins_interval', 'win_rates', 'CompareConfig', 'first_of_each', 'spread', 'label',
-           'run_of', 'runs_behind', 'formats_of', 'tokens_of', 'chosen_by', 'trained_prompts', 'same_judge',
-           'remarks_of', 'answers_of', 'first_n', 'names_of', 'scorers_of', 'all_answers', 'compare_policies',
-           'with_bounds', 'reward_lines', 'comparison_lines', 'compare_command', 'write_comparison']
+           'run_of', 'runs_behind', 'formats_of', 'tokens_of', 'chosen_by', 'trained_prompts', 'remarks_of',
+           'answers_of', 'first_n', 'names_of', 'scorers_of', 'all_answers', 'compare_policies', 'with_bounds',
+           'reward_lines', 'comparison_lines', 'compare_command', 'write_comparison']
 
 # %% ../nbs/11e_comparison.ipynb #431df014
 import json, math, time
@@ -20,7 +20,7 @@ from .generation import SamplingOptions, check_prompts, load_sampler, sample_all
 from .models import at_home, check_policy
 from .paper_tables import FRIDGE_PROMPT, fridge_table
 from .reward_functions import FunctionReward
-from .runs import RunFolder, plain, read_lines
+from .runs import RunFolder, judge_key, plain, read_lines
 from .scoring import keep_unscored
 from .statistics import holm, signed_ranks, wilson
 from .training import turns_of
@@ -163,20 +163,15 @@ def trained_prompts(models:list[str]) -> set[str]:
     return {normalize(r["prompt"]) for file in files for r in read_lines(file)}
 
 # %% ../nbs/11e_comparison.ipynb #f3e16823
-def same_judge(a, b) -> bool:
-    "Whether two names are those of the same reward models."
-    named = lambda names: sorted(str(Path(n.strip()).resolve()) if Path(n.strip()).exists() else n.strip() for n in str(names).split(","))
-    return named(a) == named(b)
-
 def remarks_of(c:CompareConfig, models:list[str]) -> list[str]:
     "What a reader must know: whose training prompts are not known, who was trained by another reward model, and for whom the one that should only watch did more."
     found = []
     for m, run in ((m, run) for m in models for run in runs_behind(m)):
         trained_by, chooser, who = str(run.read_config()["config"].get("reward_model")), chosen_by(run), label(m)
         if c.held_out and not run.samples.exists(): found.append(f"{who} was trained on prompts that are not known, for {str(run.samples)!r} is not there")
-        if same_judge(trained_by, c.validation_reward_model): found.append(f"{who} was trained with {trained_by}, which should only watch here")
-        elif not same_judge(trained_by, c.reward_model): found.append(f"{who} was trained with {trained_by}, not with {c.reward_model}")
-        if chooser and same_judge(chooser, c.validation_reward_model): found.append(f"the weights of {who} were chosen by {chooser}, which should only watch here")
+        if judge_key(trained_by) == judge_key(c.validation_reward_model): found.append(f"{who} was trained with {trained_by}, which should only watch here")
+        elif judge_key(trained_by) != judge_key(c.reward_model): found.append(f"{who} was trained with {trained_by}, not with {c.reward_model}")
+        if chooser and judge_key(chooser) == judge_key(c.validation_reward_model): found.append(f"the weights of {who} were chosen by {chooser}, which should only watch here")
     return list(dict.fromkeys(found))
 
 # %% ../nbs/11e_comparison.ipynb #6be70989

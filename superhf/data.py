@@ -18,7 +18,7 @@ from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
 from .core import UserError
-from .reading import Reader, conversation_text, file_kind, read_file
+from .reading import Reader, conversation_text, file_kind, is_utf8, read_file
 
 # %% ../nbs/01_data.ipynb #aac3c182
 def first_question(dialogue:str # turns that begin with "\n\nHuman:" or "\n\nAssistant:"
@@ -266,6 +266,7 @@ def text_of(prompt,   # a text, or messages that end with the user's
             where:str # how errors call it
            ) -> str:
     "The text of a prompt from Python."
+    if isinstance(prompt, str) and not is_utf8(prompt): raise UserError(f"{where} holds half of a surrogate pair, which is no letter: {ascii(prompt[:60])}")
     if isinstance(prompt, str): return prompt
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt      # messages of a pandas table from Parquet
     if isinstance(prompt, (list, tuple)) and all(isinstance(m, Mapping) for m in prompt): return conversation_text(prompt, where)

@@ -118,6 +118,8 @@ def save_figure(ax, path:Path,
                 close:bool=False): # whether it is needed no more
     "Save the figure of an axes as PNG and SVG, without a display."
     import matplotlib.pyplot as plt
+    path = Path(path)
+    name = path.stem if path.suffix in (".png", ".svg") else path.name      # the point of lr0.01 begins no suffix
     path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".png", ".svg"): ax.figure.savefig(path.with_suffix(suffix), dpi=150)
+    for suffix in (".png", ".svg"): ax.figure.savefig(path.with_name(name + suffix), dpi=150)
     if close: plt.close(ax.figure)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plain', 'append_lines', 'read_lines', 'rewind', 'versions', 'hardware', 'git_commit', 'peak_memory', 'return_memory',
-           'RunFolder', 'refuse_changes', 'locked', 'read_samples', 'sync', 'sizes', 'is_whole', 'best_of',
+           'RunFolder', 'judge_key', 'refuse_changes', 'locked', 'read_samples', 'sync', 'sizes', 'is_whole', 'best_of',
            'save_checkpoint', 'resume_point', 'state_tensors', 'write_state', 'read_state', 'interrupts', 'writing',
            'RunKeeper', 'is_finished', 'RunLoop']
 
@@ -121,6 +121,11 @@ class RunFolder:
         "What `create` wrote; a folder that is not a run is refused."
         if not self.config.exists(): raise UserError(f"{str(self.path)!r} is not a run: it has no config.yaml")
         return yaml.safe_load(self.config.read_text())
+
+# %% ../nbs/07_runs.ipynb #9b6e1111
+def judge_key(names) -> str:
+    "The reward models that a config names, with commas between, in a form that tells whether others are the same."
+    return ",".join(sorted(str(Path(n.strip()).resolve()) if Path(n.strip()).exists() else n.strip() for n in str(names).split(",")))
 
 # %% ../nbs/07_runs.ipynb #73ad700f
 def refuse_changes(run:RunFolder, options:dict):

@@ -127,7 +127,7 @@ function drawHeldOut() {
 }
 
 function drawGaming() {
-  const percent = x => `${number(100*x)} %`;
+  const percent = x => x === null ? "–" : `${number(100*x)} %`;
   data.runs.forEach((r, i) => {
     const at = byId("gaming"), g = r.gaming;
     at.append(make("h3", {}, r.name));
