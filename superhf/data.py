@@ -269,7 +269,7 @@ def text_of(prompt,   # a text, or messages that end with the user's
     if isinstance(prompt, str) and not is_utf8(prompt): raise UserError(f"{where} holds half of a surrogate pair, which is no letter: {ascii(prompt[:60])}")
     if isinstance(prompt, str): return prompt
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt      # messages of a pandas table from Parquet
-    if isinstance(prompt, (list, tuple)) and all(isinstance(m, Mapping) for m in prompt): return conversation_text(prompt, where)
+    if isinstance(prompt, (list, tuple)) and all(isinstance(m, Mapping) for m in prompt): return text_of(conversation_text(prompt, where), where)
     raise UserError(f"{where} must be a text, or a row with a text under 'prompt', got {textwrap.shorten(repr(prompt), 80)}")
 
 # %% ../nbs/01_data.ipynb #ea053165

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['raw_lines', 'is_utf8', 'json_value', 'row_fault', 'json_fault', 'csv_header', 'csv_fault', 'file_kind', 'is_array',
            'find_fault', 'quiet', 'load', 'content_text', 'conversation_text', 'column_values', 'value_text',
-           'dataset_rows', 'faults_in', 'checked_rows', 'json_rows', 'read_json', 'read_file', 'pick_split',
-           'mirror_files', 'hub_errors', 'Reader', 'beside']
+           'dataset_rows', 'faults_in', 'checked_rows', 'json_values', 'json_rows', 'read_json', 'read_file',
+           'pick_split', 'mirror_files', 'hub_errors', 'Reader', 'beside']
 
 # %% ../nbs/00_reading.ipynb #0eee233e
 import codecs, contextlib, csv, glob, gzip, io, json, logging, os, tempfile, zlib
@@ -40,6 +40,7 @@ def json_value(line:bytes) -> tuple:
     if not is_utf8(line): return None, "not valid UTF-8; save the file as UTF-8"
     try: return json.loads(line.decode("utf-8-sig").rstrip("\r\n")), ""
     except json.JSONDecodeError as e: return None, f"not JSON ({e.msg.removesuffix(' at')} at position {e.colno})"
+    except (ValueError, RecursionError) as e: return None, f"not JSON that can be read ({first_line(e)})"      # a number of too many digits, or lists too deep
 
 def row_fault(row,          # a value of JSON
               column:str="" # the column it must hold, dots go down into objects; any object will do unless given
@@ -68,6 +69,7 @@ def csv_header(path) -> list[str]:
 def csv_fault(path, column:str):
     "(line, what is wrong) of a CSV file, or None."
     text = io.StringIO(b"".join(line for _, line in raw_lines(path)).decode("utf-8-sig"), newline="")
+    csv.field_size_limit(10**9)                 # characters; 131,072 unless said
     reader = csv.reader(text, strict=True)
     try:
         header = next(reader, [])
@@ -85,7 +87,8 @@ def file_kind(path) -> str:
 # %% ../nbs/00_reading.ipynb #9d09b0a2
 def is_array(path) -> bool:
     "Whether a file of JSON holds one array."
-    return next((line.strip().startswith(b"[") for _, line in raw_lines(path) if line.removeprefix(codecs.BOM_UTF8).strip()), False)
+    lines = (line.removeprefix(codecs.BOM_UTF8).strip() for _, line in raw_lines(path))
+    return next((line.startswith(b"[") for line in lines if line), False)
 
 # %% ../nbs/00_reading.ipynb #add5f41d
 def find_fault(path,           # a file that could not be read
@@ -95,7 +98,7 @@ def find_fault(path,           # a file that could not be read
     "Raise `UserError` for the first line of a file that is wrong; return where all lines are in order."
     kind, fault = file_kind(path), None
     if kind not in ("json", "csv", "text") or (only_json and kind != "json"): return
-    if kind == "json" and is_array(path): return
+    if kind == "json" and (is_array(path) or Path(path).name.removesuffix(".gz").lower().endswith(".json")): return
     for n, line in raw_lines(path):
         if kind == "json" and line.strip() and (what := json_fault(line, column)): raise UserError(f"{path}:{n}: {what}")
         if kind != "json" and not is_utf8(line): raise UserError(f"{path}:{n}: not valid UTF-8; save the file as UTF-8")
@@ -218,18 +221,27 @@ def checked_rows(dataset,      # a datasets.Dataset
         yield values
 
 # %% ../nbs/00_reading.ipynb #0a09e62f
+def json_values(path):
+    "Yield (where, value) of a file of JSON that is no JSON lines: an array, or values that each take several lines."
+    text = b"".join(line for _, line in raw_lines(path))
+    if not is_utf8(text): raise UserError(f"{path}: not valid UTF-8; save the file as UTF-8")
+    text, at, n = text.decode("utf-8-sig").strip(), 0, 0
+    while at < len(text):
+        try: value, at = json.JSONDecoder().raw_decode(text, at)
+        except json.JSONDecodeError as e: raise UserError(f"{path}:{e.lineno}: not JSON ({e.msg.removesuffix(' at')} at position {e.colno})") from e
+        except (ValueError, RecursionError) as e: raise UserError(f"{path}: not JSON that can be read ({first_line(e)})") from e
+        while text[at:at+1].isspace(): at += 1
+        for row in value if isinstance(value, list) else [value]: n += 1; yield f"{path}, row {n}", row
+
 def json_rows(path):
     "Yield (where, value) of every line of a file of JSON lines, or of every element of an array; `UserError` for what is not JSON."
-    if is_array(path):
-        text = b"".join(line for _, line in raw_lines(path))
-        if not is_utf8(text): raise UserError(f"{path}: not valid UTF-8; save the file as UTF-8")
-        try: rows = json.loads(text.decode("utf-8-sig"))
-        except json.JSONDecodeError as e: raise UserError(f"{path}:{e.lineno}: not JSON ({e.msg.removesuffix(' at')} at position {e.colno})") from e
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows, 1))
-        return
-    for n, line in raw_lines(path):
-        if not line.removeprefix(codecs.BOM_UTF8).strip(): continue
+    if is_array(path): yield from json_values(path); return
+    for i, (n, line) in enumerate((n, line) for n, line in raw_lines(path) if line.removeprefix(codecs.BOM_UTF8).strip()):
         value, what = json_value(line)
+        if what and i == 0 and is_utf8(line):
+            try: rows = list(json_values(path))         # one value on several lines, or several on one
+            except UserError: rows = []
+            if rows: yield from rows; return
         if what: raise UserError(f"{path}:{n}: {what}")
         yield f"{path}:{n}", value
 

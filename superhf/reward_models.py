@@ -255,6 +255,7 @@ def read_reward_model(folder, dtype=torch.float32):
     folder = Path(folder)
     settings = read_settings(folder)
     if settings.trained in ("adapter", "backbone") and not (folder/settings.trained).exists(): raise UserError(f"the reward model in {str(folder)!r} is not whole: its {settings.trained} is missing")
+    settings.trained = settings.trained or next((part for part in ("adapter", "backbone") if (folder/part).exists()), "")     # older folders do not say
     backbone, tokenizer = load_backbone(str(folder/"backbone") if (folder/"backbone").exists() else settings.encoder)
     if (folder/"adapter").exists():
         from peft import PeftModel

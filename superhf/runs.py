@@ -125,7 +125,7 @@ class RunFolder:
 # %% ../nbs/07_runs.ipynb #9b6e1111
 def judge_key(names) -> str:
     "The reward models that a config names, with commas between, in a form that tells whether others are the same."
-    return ",".join(sorted(str(Path(n.strip()).resolve()) if Path(n.strip()).exists() else n.strip() for n in str(names).split(",")))
+    return ",".join(sorted(os.path.realpath(n.strip()) if os.path.exists(n.strip()) else n.strip() for n in str(names).split(",")))
 
 # %% ../nbs/07_runs.ipynb #73ad700f
 def refuse_changes(run:RunFolder, options:dict):
