@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['means_table', 'wins_by_prompt', 'wins_interval', 'win_rates', 'CompareConfig', 'first_of_each', 'spread', 'label',
-           'run_of', 'runs_behind', 'formats_of', 'tokens_of', 'chosen_by', 'trained_prompts', 'remarks_of',
-           'answers_of', 'first_n', 'names_of', 'scorers_of', 'all_answers', 'compare_policies', 'with_bounds',
-           'reward_lines', 'comparison_lines', 'compare_command', 'write_comparison']
+           'run_of', 'runs_behind', 'formats_of', 'tokens_of', 'identity_of', 'chosen_by', 'trained_prompts',
+           'remarks_of', 'answers_of', 'first_n', 'names_of', 'scorers_of', 'all_answers', 'compare_policies',
+           'with_bounds', 'reward_lines', 'comparison_lines', 'compare_command', 'write_comparison']
 
 # %% ../nbs/11e_comparison.ipynb #431df014
-import json, math, time
+import json, math, os, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -122,14 +122,13 @@ def label(name:str) -> str:
 # %% ../nbs/11e_comparison.ipynb #190d3242
 def run_of(model:str) -> RunFolder|None:
     "The run that made a model folder, its `model/` or `adapter/`; None where it lies in none."
-    path = Path(model).resolve()
-    run = RunFolder(path.parent)
-    return run if path.name in ("model", "adapter") and run.config.exists() else None
+    found = [RunFolder(p.parent) for p in (Path(os.path.abspath(model)), Path(model).resolve()) if p.name in ("model", "adapter")]      # the weights, or the folder, may be a link
+    return next((run for run in found if run.config.exists()), None)
 
 def runs_behind(model:str) -> list[RunFolder]:
     "The run that made a model, the run that made the model which that began with, and so on."
     found = []
-    while (run := run_of(at_home(model))) and run.path not in [r.path for r in found]:
+    while (run := run_of(at_home(model))) and run.path.resolve() not in [r.path.resolve() for r in found]:
         found.append(run)
         model = str(run.read_config()["config"].get("model"))
     return found
@@ -149,6 +148,13 @@ def tokens_of(models:list[str]) -> dict:
     "Tokens that the runs behind each model sampled in training; models that no run made are left out."
     records = {m: [lines[-1] for r in runs_behind(m) if (lines := read_lines(r.metrics))] for m in models}
     return {m: sum(last["tokens/generated"] for last in lasts) for m, lasts in records.items() if lasts}
+
+# %% ../nbs/11e_comparison.ipynb #5288b002
+def identity_of(model:str) -> str:
+    "What tells a policy from others, however it is spelled: its weights, and the run that made them."
+    if not os.path.exists(model): return model
+    run = run_of(model)
+    return os.path.realpath(model) + (f" of {os.path.realpath(run.path)}" if run else "")
 
 # %% ../nbs/11e_comparison.ipynb #73dd1006
 def chosen_by(run:RunFolder) -> str|None:
@@ -216,7 +222,7 @@ def all_answers(c:CompareConfig,
     for i, (model, name) in enumerate(models.items()):
         more = c.best_of if i == 0 else 0
         try: records, seconds[name] = answers_of(c, model, formats[model], prompts, rewards, c.n + more)
-        except UserError as e:
+        except (UserError, RuntimeError, MemoryError, KeyboardInterrupt) as e:
             e.unscored = [dict(policy=p) | r for p, rs in {**answers, name: getattr(e, "unscored", [])}.items() for r in rs]
             raise
         answers[name], others = first_n(records, c.n)
@@ -227,7 +233,7 @@ def all_answers(c:CompareConfig,
 def compare_policies(c:CompareConfig) -> dict:
     "Answers of all policies with their scores, mean rewards, win rates, and the fridge question's scores by models that read texts (a function may know its own prompts only)."
     if c.best_of and c.best_of < 2: raise UserError(f"best_of needs at least 2 completions to choose from, got {c.best_of}; 0 leaves best-of-n out")
-    prompts, rewards, models = load_prompts(c.prompts, c.prompt_column, c.data_dir), scorers_of(c), names_of(first_of_each(c.model, lambda m: Path(m).resolve() if Path(m).exists() else m))
+    prompts, rewards, models = load_prompts(c.prompts, c.prompt_column, c.data_dir), scorers_of(c), names_of(first_of_each(c.model, identity_of))
     seen = trained_prompts(list(models)) if c.held_out else set()
     prompts = first_of_each(prompts, lambda p: (p["source"], normalize(p["prompt"])))
     unseen = [p for p in prompts if normalize(p["prompt"]) not in seen]
@@ -280,7 +286,7 @@ def compare_command(config:CompareConfig, **_):
     "`superhf compare`: mean rewards and win rates; the fridge question of section 5.1 beside the paper's scores."
     if config.output: writable(config.output, config.prompts)
     try: found = compare_policies(config)
-    except UserError as e: raise keep_unscored(e, config.output) from e
+    except (UserError, RuntimeError, MemoryError, KeyboardInterrupt) as e: raise keep_unscored(e, config.output) from None
     tell(comparison_lines(found))
     if config.output: write_comparison(config.output, found)
 

@@ -276,7 +276,8 @@ def load(self:Student):
     changed = [k for k, v in asdict(self.config).items() if k not in self.may_change and state["config"].get(k) != v]
     if changed: raise UserError(f"cannot resume {str(self.folder)!r} with another {', '.join(changed)}; the run has " + ", ".join(f"{k} {state['config'].get(k)!r}" for k in changed))
     if state["step"] > self.config.steps: raise UserError(f"the checkpoint in {str(self.folder)!r} stands after step {state['step']}, beyond --steps {self.config.steps}")
-    if state.get("data", self.data) != self.data: raise UserError(f"cannot resume {str(self.folder)!r} with other data: the rows to train on are not those that it began with")
+    if state.get("data") is None: logging.getLogger("superhf").warning(f"the checkpoint in {str(self.folder)!r} does not say on which rows it was trained; see that they are the same")
+    elif state["data"] != self.data: raise UserError(f"cannot resume {str(self.folder)!r} with other data: the rows to train on are not those that it began with")
     self.put(state.pop("weights"))
     self.optimizer.load_state_dict(state.pop("optimizer"))
     del state["config"]

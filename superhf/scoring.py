@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['reward_name', 'as_scores', 'short', 'blame', 'call_reward', 'eligible', 'select_top_k', 'select_per_prompt',
            'select_percentile', 'select_margin', 'combine_scores', 'Shaping', 'repeated_share', 'penalties',
-           'scored_in_batches', 'Scorer', 'as_chance', 'ScoreConfig', 'read_rows', 'write_rows', 'keep_unscored',
-           'ended_of', 'score_file']
+           'scored_in_batches', 'Scorer', 'as_chance', 'ScoreConfig', 'read_rows', 'write_rows', 'free_name',
+           'keep_unscored', 'ended_of', 'score_file']
 
 # %% ../nbs/06_scoring.ipynb #5ab028e3
-import json, math, os
+import json, logging, math, os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,13 +257,20 @@ def write_rows(rows:list, path):
     beside.replace(path)
 
 # %% ../nbs/06_scoring.ipynb #647f2c12
-def keep_unscored(error:UserError,
-                  output:str) -> UserError: # the file that the scored answers were for
-    "The error, with the answers that it would have lost in a file beside the output."
+def free_name(path:Path) -> Path:
+    "The path, or where that is taken the first with a number behind it that is not."
+    return next(p for p in (path.with_stem(f"{path.stem}-{i}") if i else path for i in range(10**6)) if not p.exists())
+
+def keep_unscored(error:BaseException,
+                  output:str) -> BaseException: # the file that the scored answers were for
+    "The error, with the answers that it would have lost in a new file beside the output."
     if not getattr(error, "unscored", None) or not output: return error
-    path = Path(output).with_name(f"{Path(output).stem}.unscored.jsonl")
+    path = free_name(Path(output).with_name(f"{Path(output).stem}.unscored.jsonl"))
     write_rows(error.unscored, path)
-    return UserError(f"{error}; the answers sampled before are in {path}, which superhf score --input takes")
+    said = f"the answers sampled before are in {path}, which superhf score --input takes"
+    if isinstance(error, UserError): return UserError(f"{error}; {said}")
+    logging.getLogger("superhf").warning(said)
+    return error
 
 # %% ../nbs/06_scoring.ipynb #69b7fd24
 def ended_of(row:dict,  # of a file, with `ended` or without
