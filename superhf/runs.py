@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['plain', 'append_lines', 'read_lines', 'rewind', 'versions', 'hardware', 'git_commit', 'peak_memory', 'return_memory',
-           'RunFolder', 'judge_key', 'refuse_changes', 'locked', 'read_samples', 'sync', 'sizes', 'is_whole', 'best_of',
-           'save_checkpoint', 'resume_point', 'state_tensors', 'write_state', 'read_state', 'interrupts', 'writing',
-           'RunKeeper', 'is_finished', 'RunLoop']
+           'RunFolder', 'judge_key', 'refuse_changes', 'locked', 'readable', 'read_samples', 'sync', 'sizes',
+           'is_whole', 'best_of', 'save_checkpoint', 'resume_point', 'state_tensors', 'write_state', 'read_state',
+           'interrupts', 'writing', 'RunKeeper', 'is_finished', 'RunLoop']
 
 # %% ../nbs/07_runs.ipynb #47c7ba49
 import copy, ctypes, fcntl, json, logging, math, os, platform, resource, shutil, signal, subprocess, sys, threading
@@ -151,10 +151,16 @@ def locked(run:RunFolder, processes):
         yield
 
 # %% ../nbs/07_runs.ipynb #8efd7c0d
+def readable(x):
+    "The same with `?` for halves of surrogate pairs, which no file in UTF-8 can hold."
+    if isinstance(x, dict): return {readable(k): readable(v) for k, v in x.items()}
+    if isinstance(x, list): return [readable(v) for v in x]
+    return x.encode("utf-8", "replace").decode() if isinstance(x, str) else x
+
 def read_samples(run:RunFolder) -> list[dict]:
     "The samples of a run, with `selected` where its method chose among them; PPO trains on every answer and selects none."
     ppo = "ppo_epochs" in run.read_config()["config"]
-    return [dict(r, selected=not ppo and bool(r.get("selected"))) for r in read_lines(run.samples)]
+    return [dict(r, selected=not ppo and bool(r.get("selected"))) for r in map(readable, read_lines(run.samples))]
 
 # %% ../nbs/07_runs.ipynb #da4f47b4
 def sync(folder:Path):

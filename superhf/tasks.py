@@ -6,12 +6,13 @@
 __all__ = ['TASKS', 'TABLE_4', 'LOCAL', 'SHOWN', 'LocalData', 'task_names', 'plain_words', 'word_f1', 'squad_scores', 'as_choice',
            'pair_docs', 'row_fault', 'local_rows', 'hub_form', 'task_config', 'need_lm_eval', 'as_lm', 'check_answers',
            'run_task', 'arguments_of', 'prompt_of_sample', 'cut_questions', 'with_interval', 'weights_mark',
-           'EvaluateConfig', 'question', 'data_mark', 'task_version', 'read_results', 'write_results', 'sort_results',
-           'revision_of', 'check_open', 'evaluate', 'load_lm', 'shown_metrics', 'results_frame', 'share_text',
-           'results_table', 'table_as', 'latex_table', 'differences', 'differences_as', 'evaluate_command']
+           'EvaluateConfig', 'question', 'data_mark', 'task_version', 'read_results', 'alone_with', 'write_results',
+           'sort_results', 'store', 'revision_of', 'check_open', 'evaluate', 'load_lm', 'shown_metrics',
+           'results_frame', 'share_text', 'results_table', 'table_as', 'latex_table', 'differences', 'differences_as',
+           'evaluate_command']
 
 # %% ../nbs/11d_tasks.ipynb #93de18be
-import gzip, hashlib, importlib.util, json, logging, math, os, re, string, tempfile, time, zlib
+import fcntl, gzip, hashlib, importlib.util, json, logging, math, os, re, string, tempfile, time, zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -263,11 +264,21 @@ def read_results(path:str) -> list[dict]:
     except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as e: raise UserError(f"{path} is not a file of results: {e}; name another, or remove it") from e
 
 # %% ../nbs/11d_tasks.ipynb #08098933
+@contextmanager
+def alone_with(path:str):
+    "Keep other evaluations from writing the file until the block ends."
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(Path(path).parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally: os.close(folder)
+
 def write_results(path:str, results:list[dict]):
     "Write all results beside the file, then rename: a reader or a kill finds the old or the new ones."
     from superhf.runs import hardware, versions
     if not path: return
-    beside = Path(f"{path}.part")
+    beside = Path(f"{path}.{os.getpid()}.part")
     beside.parent.mkdir(parents=True, exist_ok=True)
     beside.write_text(json.dumps(dict(results=results, hardware=hardware(), versions=versions()), indent=1))
     os.replace(beside, path)
@@ -279,6 +290,15 @@ def sort_results(asked:list[dict], # from `question`
     "The stored result of every question asked, None where there is none, and the results that answer others."
     key = lambda r: {k: r.get(k) for k in asked[0]}
     return [next((r for r in known if key(r) == q), None) for q in asked], [r for r in known if key(r) not in asked]
+
+# %% ../nbs/11d_tasks.ipynb #dc815457
+def store(path:str, asked:list[dict], done:list[dict], known:list[dict]):
+    "Write what is done, beside what the file has by now for other questions; where it cannot be read any more, beside what it had."
+    if not path: return
+    with alone_with(path):
+        try: known = read_results(path)
+        except UserError as e: logging.getLogger("superhf").warning(f"{e}; it is written anew")
+        write_results(path, sort_results(asked, known)[1] + done)
 
 # %% ../nbs/11d_tasks.ipynb #d54bb911
 def revision_of(c:EvaluateConfig, model:str) -> dict:
@@ -312,7 +332,7 @@ def evaluate(c:EvaluateConfig, progress:bool=True) -> list[dict]:
             started, task = time.time(), asked[i]["task"]
             found = run_task(lm, task, c.data_dir, c.limit, c.shots, c.seed, c.chat)
             results[i] = asked[i] | found | dict(metrics={m: with_interval(v) for m, v in found["scores"].items()}, seconds=time.time() - started, date=time.strftime("%Y-%m-%d"), lm_eval=version("lm_eval"))
-            write_results(c.output, sort_results(asked, read_results(c.output))[1] + [r for r in results if r])     # another evaluation may have written since
+            store(c.output, asked, [r for r in results if r], known)
             bar.update()
     return results
 
