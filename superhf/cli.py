@@ -204,9 +204,10 @@ def sample_command(config:SampleConfig, **_):
     each = [p for p in prompts for _ in range(config.n*config.best_of)]
     completions = sample_all(sampler, [p["prompt"] for p in each], config.seed)
     try: completions, scores = best_ones(each, completions, scorer, config.best_of) if scorer else (completions, None)
-    except (UserError, RuntimeError, MemoryError, KeyboardInterrupt) as e:
+    except (Exception, KeyboardInterrupt) as e:
         e.unscored = sample_rows_of(prompts, completions, config.n*config.best_of)
-        raise keep_unscored(e, config.output) from None
+        if (kept := keep_unscored(e, config.output)) is e: raise
+        raise kept from e
     write_rows(sample_rows_of(prompts, completions, config.n, scores), config.output)
     tell(f"{len(completions)} completions of {len(prompts)} prompts in {config.output}")
 

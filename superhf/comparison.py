@@ -122,7 +122,7 @@ def label(name:str) -> str:
 # %% ../nbs/11e_comparison.ipynb #190d3242
 def run_of(model:str) -> RunFolder|None:
     "The run that made a model folder, its `model/` or `adapter/`; None where it lies in none."
-    found = [RunFolder(p.parent) for p in (Path(os.path.abspath(model)), Path(model).resolve()) if p.name in ("model", "adapter")]      # the weights, or the folder, may be a link
+    found = [RunFolder(p.parent) for p in (Path(model).parent.resolve()/Path(model).name, Path(model).resolve()) if p.name in ("model", "adapter")]      # the weights, or the folder, may be a link
     return next((run for run in found if run.config.exists()), None)
 
 def runs_behind(model:str) -> list[RunFolder]:
@@ -222,7 +222,7 @@ def all_answers(c:CompareConfig,
     for i, (model, name) in enumerate(models.items()):
         more = c.best_of if i == 0 else 0
         try: records, seconds[name] = answers_of(c, model, formats[model], prompts, rewards, c.n + more)
-        except (UserError, RuntimeError, MemoryError, KeyboardInterrupt) as e:
+        except (Exception, KeyboardInterrupt) as e:
             e.unscored = [dict(policy=p) | r for p, rs in {**answers, name: getattr(e, "unscored", [])}.items() for r in rs]
             raise
         answers[name], others = first_n(records, c.n)
@@ -286,7 +286,9 @@ def compare_command(config:CompareConfig, **_):
     "`superhf compare`: mean rewards and win rates; the fridge question of section 5.1 beside the paper's scores."
     if config.output: writable(config.output, config.prompts)
     try: found = compare_policies(config)
-    except (UserError, RuntimeError, MemoryError, KeyboardInterrupt) as e: raise keep_unscored(e, config.output) from None
+    except (Exception, KeyboardInterrupt) as e:
+        if (kept := keep_unscored(e, config.output)) is e: raise
+        raise kept from e
     tell(comparison_lines(found))
     if config.output: write_comparison(config.output, found)
 

@@ -27,7 +27,7 @@ def held_out(sampler,                  # `superhf.generation.Sampler`
     completions = sampler([p["prompt"] for p in each], seed, step=0, indices=indices)
     records = [dict(source=p["source"], prompt=p["prompt"], completion=c.text, ended=c.ended, tokens=len(c.ids)) for p, c in zip(each, completions)]
     try: scores = {name: rm([p["prompt"] for p in each], [c.text for c in completions]) for name, rm in reward_models.items()}
-    except (UserError, RuntimeError, MemoryError, KeyboardInterrupt) as e:
+    except (Exception, KeyboardInterrupt) as e:
         e.unscored = records        # what a reward that fails must not cost
         raise
     return [r | {name: float(s[i]) for name, s in scores.items()} for i, r in enumerate(records)]

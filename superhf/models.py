@@ -125,9 +125,10 @@ def model_source(name:str) -> str:
 # %% ../nbs/03_models.ipynb #8e76cf23
 def from_source(cls, source:str, name:str, **kwargs):
     "`cls.from_pretrained(source)`, with its many ways to fail told in one line."
+    from safetensors import SafetensorError
     try: return cls.from_pretrained(source, **kwargs)
     except UserError: raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as e:
         why = first_line(e)[:200]
         if why.endswith(":"): why = f"{cls.__name__} finds no file there that it can read."      # the reasons are on further lines
         raise UserError(f"cannot load {name!r}: {why} Give a hub id that can be reached, a local model folder, or demo") from e

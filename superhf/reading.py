@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['raw_lines', 'is_utf8', 'json_value', 'row_fault', 'json_fault', 'csv_header', 'csv_fault', 'file_kind', 'is_array',
-           'find_fault', 'quiet', 'load', 'content_text', 'conversation_text', 'column_values', 'value_text',
-           'dataset_rows', 'faults_in', 'checked_rows', 'json_values', 'json_rows', 'read_json', 'read_file',
-           'pick_split', 'mirror_files', 'hub_errors', 'Reader', 'beside']
+           'in_lines', 'find_fault', 'quiet', 'load', 'content_text', 'conversation_text', 'column_values',
+           'value_text', 'dataset_rows', 'faults_in', 'checked_rows', 'json_values', 'json_rows', 'read_json',
+           'read_file', 'pick_split', 'mirror_files', 'hub_errors', 'Reader', 'beside']
 
 # %% ../nbs/00_reading.ipynb #0eee233e
 import codecs, contextlib, csv, glob, gzip, io, json, logging, os, tempfile, zlib
@@ -90,6 +90,12 @@ def is_array(path) -> bool:
     lines = (line.removeprefix(codecs.BOM_UTF8).strip() for _, line in raw_lines(path))
     return next((line.startswith(b"[") for line in lines if line), False)
 
+def in_lines(path) -> bool:
+    "Whether a file of JSON has a value on each line: that of a `.json` file may take several."
+    if is_array(path) or not Path(path).name.removesuffix(".gz").lower().endswith(".json"): return not is_array(path)
+    first = next((line for _, line in raw_lines(path) if line.removeprefix(codecs.BOM_UTF8).strip()), b"")
+    return not json_value(first)[1]
+
 # %% ../nbs/00_reading.ipynb #add5f41d
 def find_fault(path,           # a file that could not be read
                column:str,     # the column that was asked for
@@ -98,7 +104,7 @@ def find_fault(path,           # a file that could not be read
     "Raise `UserError` for the first line of a file that is wrong; return where all lines are in order."
     kind, fault = file_kind(path), None
     if kind not in ("json", "csv", "text") or (only_json and kind != "json"): return
-    if kind == "json" and (is_array(path) or Path(path).name.removesuffix(".gz").lower().endswith(".json")): return
+    if kind == "json" and not in_lines(path): return
     for n, line in raw_lines(path):
         if kind == "json" and line.strip() and (what := json_fault(line, column)): raise UserError(f"{path}:{n}: {what}")
         if kind != "json" and not is_utf8(line): raise UserError(f"{path}:{n}: not valid UTF-8; save the file as UTF-8")
@@ -225,12 +231,14 @@ def json_values(path):
     "Yield (where, value) of a file of JSON that is no JSON lines: an array, or values that each take several lines."
     text = b"".join(line for _, line in raw_lines(path))
     if not is_utf8(text): raise UserError(f"{path}: not valid UTF-8; save the file as UTF-8")
-    text, at, n = text.decode("utf-8-sig").strip(), 0, 0
+    text, n = text.decode("utf-8-sig"), 0
+    past = lambda at: next((i for i in range(at, len(text)) if not text[i].isspace()), len(text))
+    at = past(0)
     while at < len(text):
         try: value, at = json.JSONDecoder().raw_decode(text, at)
         except json.JSONDecodeError as e: raise UserError(f"{path}:{e.lineno}: not JSON ({e.msg.removesuffix(' at')} at position {e.colno})") from e
         except (ValueError, RecursionError) as e: raise UserError(f"{path}: not JSON that can be read ({first_line(e)})") from e
-        while text[at:at+1].isspace(): at += 1
+        at = past(at)
         for row in value if isinstance(value, list) else [value]: n += 1; yield f"{path}, row {n}", row
 
 def json_rows(path):
@@ -238,12 +246,11 @@ def json_rows(path):
     if is_array(path): yield from json_values(path); return
     for i, (n, line) in enumerate((n, line) for n, line in raw_lines(path) if line.removeprefix(codecs.BOM_UTF8).strip()):
         value, what = json_value(line)
-        if what and i == 0 and is_utf8(line):
-            try: rows = list(json_values(path))         # one value on several lines, or several on one
-            except UserError: rows = []
-            if rows: yield from rows; return
-        if what: raise UserError(f"{path}:{n}: {what}")
-        yield f"{path}:{n}", value
+        if not what: yield f"{path}:{n}", value; continue
+        try: rows = list(json_values(path))             # one value on several lines, or several on one
+        except UserError as e: raise e if i == 0 and is_utf8(line) else UserError(f"{path}:{n}: {what}") from e
+        yield from rows[i:]
+        return
 
 # %% ../nbs/00_reading.ipynb #36df7c92
 def read_json(path, column:str, extra=(), others=False):

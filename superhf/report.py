@@ -40,7 +40,7 @@ def run_and_record(path) -> tuple[RunFolder, dict]:
     run = RunFolder(path)
     if not run.path.is_dir(): raise UserError(f"{str(path)!r} is not a folder; report needs run folders, as --output-dir of train and ppo names them")
     try: record = run.read_config()
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise UserError(f"{str(run.config)!r} cannot be read as YAML: {first_line(e)}") from e
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as e: raise UserError(f"{str(run.config)!r} cannot be read as YAML: {first_line(e)}") from e
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict): raise UserError(f"{str(run.config)!r} does not hold the options of a run")
     return run, record
 
@@ -223,7 +223,7 @@ def report_command(config:ReportConfig, **_):
     from superhf.core import tell
     if not config.run: raise UserError("report needs run folders: superhf report RUN...")
     for folder in config.run:
-        if not any(Path(folder).glob("runs/*/config.yaml")): run_and_record(folder)         # those of a sweep may be left out, one that is named may not
+        if RunFolder(folder).config.exists() or not any(Path(folder).glob("runs/*/config.yaml")): run_and_record(folder)         # those of a sweep may be left out, one that is named may not
     config.run = runs_in(config.run)
     path = Path(config.output or Path(config.run[0])/"report.html")
     if path.is_file() and path.suffix.lower() not in (".html", ".htm"): raise UserError(f"{str(path)!r} exists and is no page; name a file that ends in .html")

@@ -278,7 +278,7 @@ def write_results(path:str, results:list[dict]):
     "Write all results beside the file, then rename: a reader or a kill finds the old or the new ones."
     from superhf.runs import hardware, versions
     if not path: return
-    beside = Path(f"{path}.{os.getpid()}.part")
+    beside = Path(f"{path}.part")
     beside.parent.mkdir(parents=True, exist_ok=True)
     beside.write_text(json.dumps(dict(results=results, hardware=hardware(), versions=versions()), indent=1))
     os.replace(beside, path)
@@ -298,7 +298,9 @@ def store(path:str, asked:list[dict], done:list[dict], known:list[dict]):
     with alone_with(path):
         try: known = read_results(path)
         except UserError as e: logging.getLogger("superhf").warning(f"{e}; it is written anew")
-        write_results(path, sort_results(asked, known)[1] + done)
+        key = lambda r: {k: r.get(k) for k in asked[0]}
+        keys = [key(r) for r in done]
+        write_results(path, [r for r in known if key(r) not in keys] + done)
 
 # %% ../nbs/11d_tasks.ipynb #d54bb911
 def revision_of(c:EvaluateConfig, model:str) -> dict:
