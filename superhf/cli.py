@@ -194,7 +194,7 @@ def sample_command(config:SampleConfig, **_):
     "`superhf sample`: n completions of every prompt, written beside and then renamed."
     from superhf.comparison import formats_of
     from superhf.data import load_prompts
-    from superhf.scoring import keep_unscored, write_rows
+    from superhf.scoring import carrying, keeping_unscored, write_rows
     if not config.output: raise UserError("sample needs --output, a JSON-lines file to write")
     writable(config.output, config.prompts)
     prompts = load_prompts(config.prompts, config.prompt_column, config.data_dir)
@@ -203,11 +203,8 @@ def sample_command(config:SampleConfig, **_):
     check_prompts(sampler, [p["prompt"] for p in prompts])
     each = [p for p in prompts for _ in range(config.n*config.best_of)]
     completions = sample_all(sampler, [p["prompt"] for p in each], config.seed)
-    try: completions, scores = best_ones(each, completions, scorer, config.best_of) if scorer else (completions, None)
-    except (Exception, KeyboardInterrupt) as e:
-        e.unscored = sample_rows_of(prompts, completions, config.n*config.best_of)
-        if (kept := keep_unscored(e, config.output)) is e: raise
-        raise kept from e
+    with keeping_unscored(config.output), carrying(sample_rows_of(prompts, completions, config.n*config.best_of)):
+        completions, scores = best_ones(each, completions, scorer, config.best_of) if scorer else (completions, None)
     write_rows(sample_rows_of(prompts, completions, config.n, scores), config.output)
     tell(f"{len(completions)} completions of {len(prompts)} prompts in {config.output}")
 

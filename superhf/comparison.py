@@ -21,7 +21,7 @@ from .models import at_home, check_policy
 from .paper_tables import FRIDGE_PROMPT, fridge_table
 from .reward_functions import FunctionReward
 from .runs import RunFolder, judge_key, plain, read_lines
-from .scoring import keep_unscored
+from .scoring import keeping_unscored
 from .statistics import holm, signed_ranks, wilson
 from .training import turns_of
 
@@ -33,12 +33,12 @@ def means_table(answers:dict,    # name of the policy -> records of `superhf.eva
     rows = []
     for reward in rewards:
         for name, records in answers.items():
-            asked = (means := prompt_means(records, reward).replace([np.inf, -np.inf], np.nan)).index
-            means = means.dropna()
+            means = prompt_means(records, reward).replace([np.inf, -np.inf], np.nan)
             parts = {"all": means} | {s: means[s] for s in means.index.get_level_values(0).unique()}
             for source, part in parts.items():
-                low, high = bootstrap_interval(part)
-                rows.append(dict(reward=reward, policy=name, source=source, asked=len(asked) if source == "all" else int((asked.get_level_values(0) == source).sum()), prompts=len(part), mean=part.mean(), low=low, high=high))
+                known = part.dropna()
+                low, high = bootstrap_interval(known)
+                rows.append(dict(reward=reward, policy=name, source=source, asked=len(part), prompts=len(known), mean=known.mean(), low=low, high=high))
     return pd.DataFrame(rows)
 
 # %% ../nbs/11e_comparison.ipynb #dda0700a
@@ -158,7 +158,7 @@ def identity_of(model:str) -> str:
 
 # %% ../nbs/11e_comparison.ipynb #73dd1006
 def chosen_by(run:RunFolder) -> str|None:
-    "The reward model that chose a run's weights on its held-out prompts; None where they are those of the last superbatch."
+    "The reward model that chose a run's weights on its held-out prompts; None where none did."
     c = run.read_config()["config"]
     return str(c.get("validation_reward_model") or c.get("reward_model")) if c.get("stop_on") == "held-out" else None
 
@@ -252,8 +252,8 @@ def compare_policies(c:CompareConfig) -> dict:
 
 # %% ../nbs/11e_comparison.ipynb #c069e865
 def with_bounds(mean:float, low:float, high:float) -> str:
-    "A number with its interval, if it has one."
-    return f"{mean:+.2f}" + (f" [{low:.2f}, {high:.2f}]" if low == low else "")
+    "A number with its interval, if it has one; a dash where there is none."
+    return "–" if mean != mean else f"{mean:+.2f}" + (f" [{low:.2f}, {high:.2f}]" if low == low else "")
 
 # %% ../nbs/11e_comparison.ipynb #2c68d89a
 def reward_lines(found:dict, reward:str, model:str) -> str:
@@ -285,10 +285,7 @@ def comparison_lines(found:dict) -> str:
 def compare_command(config:CompareConfig, **_):
     "`superhf compare`: mean rewards and win rates; the fridge question of section 5.1 beside the paper's scores."
     if config.output: writable(config.output, config.prompts)
-    try: found = compare_policies(config)
-    except (Exception, KeyboardInterrupt) as e:
-        if (kept := keep_unscored(e, config.output)) is e: raise
-        raise kept from e
+    with keeping_unscored(config.output): found = compare_policies(config)
     tell(comparison_lines(found))
     if config.output: write_comparison(config.output, found)
 

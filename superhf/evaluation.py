@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import UserError
 from .runs import RunFolder, read_lines
-from .scoring import select_top_k
+from .scoring import carrying, select_top_k
 from .statistics import t_quantile
 
 # %% ../nbs/11_evaluation.ipynb #83310995
@@ -26,10 +26,7 @@ def held_out(sampler,                  # `superhf.generation.Sampler`
     indices = [i + j*len(prompts) for i in range(len(prompts)) for j in range(n)]
     completions = sampler([p["prompt"] for p in each], seed, step=0, indices=indices)
     records = [dict(source=p["source"], prompt=p["prompt"], completion=c.text, ended=c.ended, tokens=len(c.ids)) for p, c in zip(each, completions)]
-    try: scores = {name: rm([p["prompt"] for p in each], [c.text for c in completions]) for name, rm in reward_models.items()}
-    except (Exception, KeyboardInterrupt) as e:
-        e.unscored = records        # what a reward that fails must not cost
-        raise
+    with carrying(records): scores = {name: rm([p["prompt"] for p in each], [c.text for c in completions]) for name, rm in reward_models.items()}
     return [r | {name: float(s[i]) for name, s in scores.items()} for i, r in enumerate(records)]
 
 # %% ../nbs/11_evaluation.ipynb #fd5ed2dd

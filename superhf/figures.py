@@ -63,12 +63,12 @@ def table_of(path, file:str="metrics", needs:tuple=()) -> pd.DataFrame:
 
 # %% ../nbs/11f_figures.ipynb #10ddc52a
 def check_same_reward(paths):
-    "Refuse to average runs that were trained with different reward models."
-    of = lambda c: f"{c['reward_model']}" + f" ({c.get('combine')})"*("," in str(c["reward_model"]))
+    "Refuse to average runs that were trained with different reward models, and to average none."
+    if not len(paths): raise UserError("there is no run to draw")
+    rule = lambda c: f" ({c.get('combine')})"*("," in str(c["reward_model"]))
     configs = {str(p): RunFolder(p).read_config()["config"] for p in paths}
-    used, keys = {p: of(c) for p, c in configs.items()}, {(judge_key(c["reward_model"]), "," in str(c["reward_model"]) and c.get("combine")) for c in configs.values()}
-    if not configs: raise UserError("there is no run to draw")
-    if len(keys) > 1: raise UserError("rewards of different reward models cannot be drawn as one: " + ", ".join(f"{p} has {m}" for p, m in used.items()))
+    if len({judge_key(c["reward_model"]) + rule(c) for c in configs.values()}) > 1:
+        raise UserError("rewards of different reward models cannot be drawn as one: " + ", ".join(f"{p} has {c['reward_model']}{rule(c)}" for p, c in configs.items()))
 
 # %% ../nbs/11f_figures.ipynb #2d856ad6
 def aligned(paths, column:str) -> pd.DataFrame:

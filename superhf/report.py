@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST', 'ASSETS', 'for_browser', 'safe_json', 'run_and_record', 'records_of', 'state_of', 'weights_of', 'curves_of',
            'held_out_of', 'gaming_of', 'plain_options', 'machine_of', 'run_data', 'some_of', 'columns_of', 'rounded',
-           'page', 'incomparable', 'make_report', 'ReportConfig', 'runs_in', 'can_be_read', 'report_command']
+           'page', 'incomparable', 'make_report', 'ReportConfig', 'runs_in', 'report_command']
 
 # %% ../nbs/11g_report.ipynb #35cec414
 import base64, hashlib, html, importlib.util, json, logging, math, string, time
@@ -24,7 +24,7 @@ def for_browser(x):
     if isinstance(x, dict): return {str(k): for_browser(v) for k, v in x.items()}
     if isinstance(x, (list, tuple, np.ndarray)): return [for_browser(v) for v in x]
     if isinstance(x, np.generic): x = x.item()
-    if isinstance(x, str): return x.encode("utf-8", "replace").decode()
+    if isinstance(x, str): return readable(x)
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 # %% ../nbs/11g_report.ipynb #f85c62fe
@@ -180,20 +180,16 @@ def incomparable(runs:list[dict]) -> list[str]:
     return found
 
 # %% ../nbs/11g_report.ipynb #7c45a080
-def make_report(paths:list[str]) -> str:
+def make_report(paths:list[str],
+                left_out:list[str]=() # warnings about runs that are not among them
+               ) -> str:
     "The page about these runs."
-    warnings, runs, samples = [], [], []
+    warnings, runs, samples = list(left_out), [], []
     for path in {Path(p).resolve(): str(p) for p in paths}.values():
-        try: data, own = run_data(path, warnings)
-        except UserError as e:
-            if len(paths) == 1: raise
-            warnings.append(f"left out: {e}")
-            logging.getLogger("superhf").warning(warnings[-1])
-            continue
+        data, own = run_data(path, warnings)
         runs.append(data); samples.append(own)
-    if not runs: raise UserError("; ".join(warnings))
-    kept, left_out = some_of(samples)
-    if left_out: warnings.append(f"{left_out} samples that were not selected are left out of this page to keep it small; samples.jsonl has them all")
+    kept, fewer = some_of(samples)
+    if fewer: warnings.append(f"{fewer} samples that were not selected are left out of this page to keep it small; samples.jsonl has them all")
     about = f"{time.strftime('%Y-%m-%d')} · {sum(map(len, samples))} samples · superhf report"
     return page(", ".join(r["name"] for r in runs), dict(about=about, warnings=incomparable(runs) + warnings, runs=runs, samples=columns_of(kept)))
 
@@ -206,31 +202,32 @@ class ReportConfig:
     figures: bool = opt(False, "also draw figures/ of every run, as PNG and SVG")
 
 # %% ../nbs/11g_report.ipynb #321b9c97
-def runs_in(folders:list[str]) -> list[str]:
-    "The runs that folders name: a run itself, or all runs of a sweep that have begun, by name."
-    inside = lambda f: sorted(str(p.parent) for p in Path(f).glob("runs/*/config.yaml"))
-    return [run for f in folders for run in ([f] if RunFolder(f).config.exists() else inside(f) or [f])]
-
-# %% ../nbs/11g_report.ipynb #04e56637
-def can_be_read(path) -> bool:
-    "Whether a folder is a run with its options."
-    try: return bool(run_and_record(path))
-    except UserError: return False
+def runs_in(folders:list[str]) -> tuple[list[str], list[str]]:
+    "The runs that folders name, a run itself or all runs of a sweep that have begun, by name; and what is left out of sweeps, for it cannot be read."
+    found, left_out = [], []
+    for folder in folders:
+        inside = [] if RunFolder(folder).config.exists() else sorted(str(p.parent) for p in Path(folder).glob("runs/*/config.yaml"))
+        for run in inside:
+            try: run_and_record(run)
+            except UserError as e: left_out.append(f"left out: {e}")
+            else: found.append(run)
+        if not inside: found.append(folder)
+    return found, left_out
 
 # %% ../nbs/11g_report.ipynb #a5a2a9e9
 def report_command(config:ReportConfig, **_):
     "`superhf report RUN...`: write the page."
     from superhf.core import tell
     if not config.run: raise UserError("report needs run folders: superhf report RUN...")
-    for folder in config.run:
-        if RunFolder(folder).config.exists() or not any(Path(folder).glob("runs/*/config.yaml")): run_and_record(folder)         # those of a sweep may be left out, one that is named may not
-    config.run = runs_in(config.run)
-    path = Path(config.output or Path(config.run[0])/"report.html")
+    runs, left_out = runs_in(config.run)
+    for said in left_out: logging.getLogger("superhf").warning(said)
+    if not runs: raise UserError(f"there is no run that can be read in {', '.join(config.run)}")
+    path = Path(config.output or Path(runs[0])/"report.html")
     if path.is_file() and path.suffix.lower() not in (".html", ".htm"): raise UserError(f"{str(path)!r} exists and is no page; name a file that ends in .html")
-    text = make_report(config.run)
+    text = make_report(runs, left_out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as e: raise UserError(f"cannot write {str(path)!r}: {e.strerror}") from e
     tell(f"{path}: {len(text)/2**20:.2f} MiB")
-    for run in [r for r in config.run if config.figures and can_be_read(r)]: tell(f"{RunFolder(run).figures}: {len(run_figures(run))} files")
+    for run in runs if config.figures else []: tell(f"{RunFolder(run).figures}: {len(run_figures(run))} files")

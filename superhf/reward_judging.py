@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['split_dialogue', 'opening_question', 'prompt_share', 'Pair', 'read_table', 'json_table', 'is_column', 'as_messages',
-           'cell_text', 'dialogue_of', 'prompt_of', 'side_of', 'as_pair', 'read_pairs', 'numbers', 'words',
-           'read_scores', 'sides', 'pair_accuracy', 'spearman', 'spearman_within', 'order_within', 'calibration',
+           'as_text', 'dialogue_of', 'prompt_text', 'side_of', 'as_pair', 'read_pairs', 'as_numbers', 'text_cell',
+           'read_scores', 'both_sides', 'pair_accuracy', 'spearman', 'spearman_within', 'order_within', 'calibration',
            'plot_calibration', 'length_bias', 'longer_is_worse', 'agreement', 'finite_scores', 'score_pairs', 'judge']
 
 # %% ../nbs/10_reward_judging.ipynb #f757f728
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import UserError
 from .data import unwrapped
-from .reading import content_text, file_kind, find_fault, json_rows, row_fault, value_text
+from .reading import content_text, file_kind, find_fault, json_rows, object_fault, value_text
 from .scoring import call_reward, reward_name
 from .statistics import wilson
 
@@ -63,7 +63,7 @@ def json_table(path, columns=()) -> pd.DataFrame:
     "The objects of a JSON file as a table, their values as they are."
     rows = list(json_rows(path))
     for where, row in rows:
-        if (what := row_fault(row)): raise UserError(f"{where}: {what}")
+        if (what := object_fault(row)): raise UserError(f"{where}: {what}")
     rows = [row for _, row in rows]
     whole = [rows[0].get(c) for c in columns] if len(rows) == 1 else []
     if whole and all(map(is_column, whole)): return pd.DataFrame({c: pd.Series(v, dtype=object) for c, v in rows[0].items() if is_column(v)})
@@ -79,7 +79,7 @@ def as_messages(value):
     "A cell that holds messages as a list of them; a single one counts, and anything else stays as it is."
     return [value] if isinstance(value, dict) else list(value) if isinstance(value, np.ndarray) else value
 
-def cell_text(value) -> str:
+def as_text(value) -> str:
     "A cell of a table as text; empty where there is nothing in it."
     if isinstance(value, str): return value
     if isinstance(value, bytes): return value.decode("utf-8", "replace")
@@ -95,11 +95,11 @@ def dialogue_of(messages) -> str:
         text, first = text + f"\n\n{names[m['role']]}: {first}{said}", ""
     return text
 
-def prompt_of(value) -> str:
+def prompt_text(value) -> str:
     "A prompt, a text or messages, without role tags around it."
     value = as_messages(value)
     if isinstance(value, list): return unwrapped(f"{told}\n\nAssistant:") if (told := dialogue_of(value)) else ""
-    return unwrapped(cell_text(value).replace("\r\n", "\n"))
+    return unwrapped(as_text(value).replace("\r\n", "\n"))
 
 # %% ../nbs/10_reward_judging.ipynb #6905e3d0
 def side_of(side,        # chosen or rejected: an HH dialogue, messages, or an answer
@@ -111,12 +111,12 @@ def side_of(side,        # chosen or rejected: an HH dialogue, messages, or an a
     if isinstance(side, list):
         if not dialogue_of(side): return "pairs with messages that are not texts of system, user and assistant"
         if side[-1]["role"] != "assistant": return question
-        return prompt_of(prompt if side[0]["role"] == "assistant" else side[:-1]), content_text(side[-1]["content"]).strip()
-    text, alone = cell_text(side).replace("\r\n", "\n"), isinstance(prompt, list) or bool(cell_text(prompt).strip())
+        return prompt_text(prompt if side[0]["role"] == "assistant" else side[:-1]), content_text(side[-1]["content"]).strip()
+    text, alone = as_text(side).replace("\r\n", "\n"), isinstance(prompt, list) or bool(as_text(prompt).strip())
     if "\n\nAssistant:" in text and (text.lstrip().startswith("Human:") or not alone):
         before, answer = split_dialogue(text)
         return question if "\n\nHuman:" in answer else (before, answer)
-    return (prompt_of(prompt), text.strip()) if alone else "pairs that are not two dialogues"
+    return (prompt_text(prompt), text.strip()) if alone else "pairs that are not two dialogues"
 
 # %% ../nbs/10_reward_judging.ipynb #58c7e35d
 def as_pair(chosen, rejected, prompt=None) -> Pair|str:
@@ -145,15 +145,15 @@ def read_pairs(path,            # Parquet, CSV, JSON or JSON-lines file with `ch
     return pairs
 
 # %% ../nbs/10_reward_judging.ipynb #8f30beec
-def numbers(column:pd.Series) -> pd.Series:
+def as_numbers(column:pd.Series) -> pd.Series:
     "The numbers in a column; NaN for what is none, or too large for one."
-    try: return pd.to_numeric(column, errors="coerce").astype(float)
-    except OverflowError: return pd.Series([math.nan if isinstance(v, int) and abs(v) > 10**300 else v for v in column], column.index).pipe(pd.to_numeric, errors="coerce").astype(float)
+    large = lambda v: isinstance(v, int) and abs(v) > 10**300
+    return pd.to_numeric(column.map(lambda v: math.nan if large(v) else v), errors="coerce").astype(float)
 
-def words(value, where:str, column:str) -> str:
+def text_cell(value, where:str, column:str) -> str:
     "A cell of a table of scores as text; messages as a conversation."
     value = value if isinstance(value, dict) and "role" not in value else as_messages(value)
-    return value_text(value, where, column) if isinstance(value, (list, dict)) else cell_text(value)
+    return value_text(value, where, column) if isinstance(value, (list, dict)) else as_text(value)
 
 def read_scores(path,            # file with prompt, completion and the score's column
                 column:str,      # name of the score's column
@@ -161,8 +161,8 @@ def read_scores(path,            # file with prompt, completion and the score's 
                ) -> pd.DataFrame:
     "The usable rows of a file as a table `prompt, completion, score`."
     table = read_table(path, "prompt", "completion", column)[["prompt", "completion", column]].set_axis(["prompt", "completion", "score"], axis=1)
-    score = numbers(table.score)
-    prompts, completions = ([words(v, f"{path}, row {i}", c) for i, v in enumerate(table[c], 1)] for c in ("prompt", "completion"))
+    score = as_numbers(table.score)
+    prompts, completions = ([text_cell(v, f"{path}, row {i}", c) for i, v in enumerate(table[c], 1)] for c in ("prompt", "completion"))
     table = pd.DataFrame(dict(prompt=[unwrapped(p) if p.lstrip().startswith("Human:") else p for p in prompts], completion=completions, score=score))
     with np.errstate(over="ignore"): finite = np.isfinite(score.astype(np.float32))
     text = (table.prompt.str.strip() != "") & (table.completion.str.strip() != "")
@@ -174,7 +174,7 @@ def read_scores(path,            # file with prompt, completion and the score's 
     return table[finite & text][once].reset_index(drop=True)
 
 # %% ../nbs/10_reward_judging.ipynb #af4394ec
-def sides(chosen, rejected) -> tuple[np.ndarray, np.ndarray]:
+def both_sides(chosen, rejected) -> tuple[np.ndarray, np.ndarray]:
     "The scores of both sides as arrays; as many chosen as rejected, and all finite."
     chosen, rejected = np.asarray(chosen, float), np.asarray(rejected, float)
     if chosen.shape != rejected.shape: raise UserError(f"a pair has two scores, got {len(chosen)} of chosen and {len(rejected)} of rejected answers")
@@ -183,7 +183,7 @@ def sides(chosen, rejected) -> tuple[np.ndarray, np.ndarray]:
 
 def pair_accuracy(chosen, rejected) -> dict:
     "Share of pairs whose chosen answer scores higher (ties count half), with its 95 % interval."
-    chosen, rejected = sides(chosen, rejected)
+    chosen, rejected = both_sides(chosen, rejected)
     k, n = float((chosen > rejected).sum() + 0.5 * (chosen == rejected).sum()), len(chosen)
     low, high = wilson(k, n)
     return dict(accuracy=k / n if n else math.nan, low=low, high=high, n=n)
@@ -223,7 +223,7 @@ def order_within(x, y,       # two scores for each completion
 # %% ../nbs/10_reward_judging.ipynb #a0574586
 def calibration(chosen, rejected, bins:int=8) -> pd.DataFrame:
     "Per bin of |difference|: its mean, what Bradley-Terry expects, and the share in which the higher score was chosen, with interval."
-    delta = np.subtract(*sides(chosen, rejected))
+    delta = np.subtract(*both_sides(chosen, rejected))
     if not len(delta) or bins < 1: raise UserError(f"calibration needs at least one pair and one bin, got {len(delta)} and {bins}")
     rows = []
     for part in np.array_split(delta[np.argsort(np.abs(delta))], min(bins, len(delta))):

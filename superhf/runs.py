@@ -132,8 +132,8 @@ def refuse_changes(run:RunFolder, options:dict):
     "Refuse options that are not those of the run, by name; the folder may have moved."
     old = run.read_config()["config"]
     changed = [f"{k} (was {old[k]!r}, now {options[k]!r})" for k in old if k in options and options[k] != old[k] and k != "output_dir"]
-    elsewhere = options.get("output_dir", old.get("output_dir")) != old.get("output_dir") and Path(options["output_dir"]).resolve() != run.path.resolve()
-    if elsewhere: changed.append(f"output_dir (now {options['output_dir']!r}; a run goes on in its own folder)")
+    folder = options.get("output_dir", run.path)
+    if folder != old.get("output_dir") and Path(folder).resolve() != run.path.resolve(): changed.append(f"output_dir (now {folder!r}; a run goes on in its own folder)")
     if changed: raise UserError(f"cannot resume {str(run.path)!r} with other options: {', '.join(changed)}; leave them out. A finished run goes on with others as another run: --model {run.path}")
 
 # %% ../nbs/07_runs.ipynb #8a0910d5

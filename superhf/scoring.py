@@ -6,11 +6,12 @@
 __all__ = ['reward_name', 'as_scores', 'short', 'blame', 'call_reward', 'eligible', 'select_top_k', 'select_per_prompt',
            'select_percentile', 'select_margin', 'combine_scores', 'Shaping', 'repeated_share', 'penalties',
            'scored_in_batches', 'Scorer', 'as_chance', 'ScoreConfig', 'read_rows', 'write_rows', 'free_name',
-           'keep_unscored', 'ended_of', 'score_file']
+           'carrying', 'keeping_unscored', 'ended_of', 'score_file']
 
 # %% ../nbs/06_scoring.ipynb #5ab028e3
 import json, logging, math, os
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -261,16 +262,26 @@ def free_name(path:Path) -> Path:
     "The path, or where that is taken the first with a number behind it that is not."
     return next(p for p in (path.with_stem(f"{path.stem}-{i}") if i else path for i in range(10**6)) if not p.exists())
 
-def keep_unscored(error:BaseException,
-                  output:str) -> BaseException: # the file that the scored answers were for
-    "The error, with the answers that it would have lost in a new file beside the output."
-    if not getattr(error, "unscored", None) or not output: return error
-    path = free_name(Path(output).with_name(f"{Path(output).stem}.unscored.jsonl"))
-    write_rows(error.unscored, path)
-    said = f"the answers sampled before are in {path}, which superhf score --input takes"
-    if isinstance(error, UserError): return UserError(f"{error}; {said}")
-    logging.getLogger("superhf").warning(said)
-    return error
+@contextmanager
+def carrying(rows):
+    "Give an error in the block the rows that it would cost."
+    try: yield
+    except (Exception, KeyboardInterrupt) as e:
+        e.unscored = rows
+        raise
+
+@contextmanager
+def keeping_unscored(output:str): # the file that the scored answers were for
+    "Write what an error in the block carries into a new file beside the output, and say so."
+    try: yield
+    except (Exception, KeyboardInterrupt) as e:
+        if not getattr(e, "unscored", None) or not output: raise
+        path = free_name(Path(output).with_name(f"{Path(output).stem}.unscored.jsonl"))
+        write_rows(e.unscored, path)
+        said = f"the answers sampled before are in {path}, which superhf score --input takes"
+        if isinstance(e, UserError): raise UserError(f"{e}; {said}") from e
+        logging.getLogger("superhf").warning(said)
+        raise
 
 # %% ../nbs/06_scoring.ipynb #69b7fd24
 def ended_of(row:dict,  # of a file, with `ended` or without

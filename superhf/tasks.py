@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASKS', 'TABLE_4', 'LOCAL', 'SHOWN', 'LocalData', 'task_names', 'plain_words', 'word_f1', 'squad_scores', 'as_choice',
            'pair_docs', 'row_fault', 'local_rows', 'hub_form', 'task_config', 'need_lm_eval', 'as_lm', 'check_answers',
-           'run_task', 'arguments_of', 'prompt_of_sample', 'cut_questions', 'with_interval', 'weights_mark',
+           'run_task', 'requests_of', 'prompt_of_sample', 'cut_questions', 'with_interval', 'weights_mark',
            'EvaluateConfig', 'question', 'data_mark', 'task_version', 'read_results', 'alone_with', 'write_results',
            'sort_results', 'store', 'revision_of', 'check_open', 'evaluate', 'load_lm', 'shown_metrics',
            'results_frame', 'share_text', 'results_table', 'table_as', 'latex_table', 'differences', 'differences_as',
@@ -179,20 +179,20 @@ def run_task(lm, task:str, data_dir:str|None=None, # a folder with the data; the
     return dict(scores=scores, summary=summary, prompt=prompt_of_sample(asked[0]), cut=cut)
 
 # %% ../nbs/11d_tasks.ipynb #1a3a9fd9
-def arguments_of(sample:dict) -> list[tuple]:
+def requests_of(sample:dict) -> list[tuple]:
     "What the model was asked for one question: pairs of text and option, or of text and settings of a generation."
     found = sample["arguments"].values() if isinstance(sample["arguments"], dict) else sample["arguments"]
     return [(a["arg_0"], a["arg_1"]) if isinstance(a, dict) else tuple(a[:2]) for a in found]
 
 def prompt_of_sample(sample:dict) -> str:
     "The text of one question; of a multiple choice that in front of the first option."
-    return arguments_of(sample)[0][0]
+    return requests_of(sample)[0][0]
 
 def cut_questions(lm, samples:list[dict]) -> int:
     "How many questions are longer than the model reads, with their longest option, or with room for an answer."
     length = lambda text: len(lm.tok_encode(text))
     need = lambda text, more: length(text) + (more.get("max_gen_toks", lm.max_gen_toks) if isinstance(more, dict) else length(more) - 1)
-    return sum(any(need(*a) > lm.max_length for a in arguments_of(s)) for s in samples)
+    return sum(any(need(*a) > lm.max_length for a in requests_of(s)) for s in samples)
 
 # %% ../nbs/11d_tasks.ipynb #81bc6dca
 def with_interval(values:list[float]) -> dict:
@@ -292,15 +292,15 @@ def sort_results(asked:list[dict], # from `question`
     return [next((r for r in known if key(r) == q), None) for q in asked], [r for r in known if key(r) not in asked]
 
 # %% ../nbs/11d_tasks.ipynb #dc815457
-def store(path:str, asked:list[dict], done:list[dict], known:list[dict]):
-    "Write what is done, beside what the file has by now for other questions; where it cannot be read any more, beside what it had."
+def store(path:str, asked:list[dict], results:list, # of the questions asked, None where there is none yet
+          known:list[dict]):                        # what the file had
+    "Write the results, beside what the file has by now for other questions; where it cannot be read any more, beside what it had."
     if not path: return
     with alone_with(path):
         try: known = read_results(path)
         except UserError as e: logging.getLogger("superhf").warning(f"{e}; it is written anew")
-        key = lambda r: {k: r.get(k) for k in asked[0]}
-        keys = [key(r) for r in done]
-        write_results(path, [r for r in known if key(r) not in keys] + done)
+        _, others = sort_results([q for q, r in zip(asked, results) if r], known)
+        write_results(path, others + [r for r in results if r])
 
 # %% ../nbs/11d_tasks.ipynb #d54bb911
 def revision_of(c:EvaluateConfig, model:str) -> dict:
@@ -334,7 +334,7 @@ def evaluate(c:EvaluateConfig, progress:bool=True) -> list[dict]:
             started, task = time.time(), asked[i]["task"]
             found = run_task(lm, task, c.data_dir, c.limit, c.shots, c.seed, c.chat)
             results[i] = asked[i] | found | dict(metrics={m: with_interval(v) for m, v in found["scores"].items()}, seconds=time.time() - started, date=time.strftime("%Y-%m-%d"), lm_eval=version("lm_eval"))
-            store(c.output, asked, [r for r in results if r], known)
+            store(c.output, asked, results, known)
             bar.update()
     return results
 
